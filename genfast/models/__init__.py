@@ -1,0 +1,8 @@
+"""Ready models: plain `nn.Module`s on genfast's fused ops."""
+
+from genfast.models.autoencoder import AutoEncoder
+from genfast.models.base import Model
+from genfast.models.registry import FAMILIES, Family, get_family, load
+from genfast.models.vae import VAE
+
+__all__ = ["FAMILIES", "VAE", "AutoEncoder", "Family", "Model", "get_family", "load"]

@@ -1,0 +1,96 @@
+"""The model families, by name: what the command line and the training loop read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from genfast.models.autoencoder import AutoEncoder
+from genfast.models.base import Model, read_config
+from genfast.models.vae import VAE
+
+__all__ = ["FAMILIES", "Family", "get_family", "load"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of model, and the names of the options that it takes.
+
+    Attributes:
+        name: the name on the command line.
+        summary: one line about it.
+        model: its class.
+        build_options: arguments of the constructor that a user may set by name.
+        loss_options: arguments of ``loss`` that a user may set by name.
+
+    Example:
+        >>> get_family("vae").build((1, 28, 28), latent_dim=2).latent_dim
+        2
+    """
+
+    name: str
+    summary: str
+    model: type[Model]
+    build_options: tuple[str, ...]
+    loss_options: tuple[str, ...]
+
+    def build(self, image_shape: Sequence[int], **options: Any) -> Model:
+        """A model for images of shape (C, H, W); ValueError for an option that the family does not take."""
+        unknown = sorted(set(options) - set(self.build_options))
+        if unknown:
+            raise ValueError(f"{self.name}: unknown options {unknown}; it takes {list(self.build_options)}")
+        return self.model(image_shape=tuple(image_shape), **options)
+
+
+_NETWORK_OPTIONS = ("latent_dim", "hidden_dims", "preset", "likelihood", "sigma", "fused")
+
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        Family("vae", "variational autoencoder", VAE, _NETWORK_OPTIONS, ("beta", "free_bits")),
+        Family("ae", "autoencoder", AutoEncoder, _NETWORK_OPTIONS, ()),
+    )
+}
+
+
+def get_family(name: str) -> Family:
+    """The family of that name.
+
+    Raises:
+        ValueError: there is none; the message lists those there are.
+
+    Example:
+        >>> get_family("ae").model.__name__
+        'AutoEncoder'
+    """
+    if name not in FAMILIES:
+        raise ValueError(f"unknown model family {name!r}: expected one of {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
+def load(path: str | Path, *, device: torch.device | str = "cpu", **arguments: Any) -> Model:
+    """Load a saved model of any family: its ``config.json`` says which class it is.
+
+    Args:
+        path: a folder that `save_pretrained` wrote, or a repository of the Hugging Face Hub.
+        device, arguments: as for `Model.from_pretrained`.
+
+    Raises:
+        FileNotFoundError, ValueError: as for `Model.from_pretrained`, or the class is of no known family.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     AutoEncoder().save_pretrained(folder)
+        ...     type(load(folder)).__name__
+        'AutoEncoder'
+    """
+    config_path, config = read_config(path)
+    classes = {family.model.__name__: family.model for family in FAMILIES.values()}
+    if config["model_type"] not in classes:
+        raise ValueError(f"{config_path}: unknown model_type {config['model_type']!r}: expected one of {list(classes)}")
+    return classes[config["model_type"]].from_pretrained(path, device=device, **arguments)

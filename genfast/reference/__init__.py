@@ -1,0 +1,8 @@
+"""The ops of `genfast.functional` in plain PyTorch: the readable definition, and the path on devices without Triton.
+
+Each module has `forward`, which autograd can differentiate, and `backward`, the explicit gradient that the op uses.
+"""
+
+from genfast.reference import bernoulli_nll, kl_normal, reparameterize_kl, reparameterize_kl_packed
+
+__all__ = ["bernoulli_nll", "kl_normal", "reparameterize_kl", "reparameterize_kl_packed"]

@@ -1,0 +1,91 @@
+"""What a run shows while it trains: a bar on a terminal, one line per epoch elsewhere, or nothing."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Self
+
+from torch import Tensor
+
+__all__ = ["Progress", "describe"]
+
+_REFRESH_SECONDS = 0.25
+_SHOWN = ("loss", "nll", "kl")
+
+
+def describe(row: dict[str, float], epochs: int) -> str:
+    """An epoch's row of the history as one line.
+
+    Example:
+        >>> describe({"epoch": 2, "loss": 110.25, "nll": 90.0, "kl": 20.25, "test_loss": 108.0, "seconds": 0.5,
+        ...           "images_per_second": 9984.0}, epochs=10)
+        'epoch  2/10  loss 110.25  nll 90.00  kl 20.25  test loss 108.00  9,984 images/s'
+    """
+    words = [f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}"]
+    words += [f"{name} {row[name]:.2f}" for name in _SHOWN if name in row]
+    test = "test_elbo" if "test_elbo" in row else "test_loss"
+    if test in row:
+        words.append(f"{test.replace('_', ' ')} {row[test]:.2f}")
+    return "  ".join([*words, f"{row['images_per_second']:,.0f} images/s"])
+
+
+class Progress:
+    """Shows the epochs of one run.
+
+    Reads values off the device a few times a second, and only where a bar shows them.
+
+    Args:
+        epochs: how many there will be.
+        batches: batches per epoch; None if unknown.
+        show: False shows nothing.
+    """
+
+    def __init__(self, epochs: int, batches: int | None, show: bool) -> None:
+        self.epochs, self.batches, self.show = epochs, batches, show
+        self.bar = _make_bar() if show and sys.stdout.isatty() else None
+        self.started = self.refreshed = time.perf_counter()
+        self.images = 0
+
+    def __enter__(self) -> Self:
+        if self.bar is not None:
+            self.bar.start()
+            self.task = self.bar.add_task("", total=self.batches, values="")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def start_epoch(self, epoch: int) -> None:
+        self.started, self.images = time.perf_counter(), 0
+        if self.bar is not None:
+            self.bar.reset(self.task, total=self.batches, description=f"epoch {epoch}/{self.epochs}")
+
+    def step(self, values: dict[str, Tensor], images: int) -> None:
+        self.images += images
+        if self.bar is None:
+            return
+        self.bar.advance(self.task)
+        now = time.perf_counter()
+        if now - self.refreshed >= _REFRESH_SECONDS:
+            shown = [f"{name} {float(values[name]):.2f}" for name in _SHOWN if name in values]
+            rate = f"{self.images / (now - self.started):,.0f} images/s"
+            self.bar.update(self.task, values="  ".join([*shown, rate]))
+            self.refreshed = now
+
+    def end_epoch(self, row: dict[str, float]) -> None:
+        if self.bar is not None:
+            self.bar.console.print(describe(row, self.epochs), highlight=False)
+        elif self.show:
+            print(describe(row, self.epochs), flush=True)
+
+
+def _make_bar():
+    try:
+        from rich.progress import BarColumn, TextColumn
+        from rich.progress import Progress as Bar
+    except ModuleNotFoundError:
+        # rich comes with the [train] extra; without it, a terminal gets the plain lines.
+        return None
+    return Bar(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[values]}"), transient=True)

@@ -1,0 +1,125 @@
+"""Summed binary cross-entropy with logits, in nats; the images may stay uint8."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from genfast.kernels._math import log1p_unit
+from genfast.kernels.launch import TILE, launch, locate, tile, tile_mask, tile_rows
+
+
+@triton.jit
+def _load(
+    logits, x, row, chunk, mask, logits_s, logits_c, x_s, x_c, LOGITS: tl.constexpr, X: tl.constexpr,
+    UINT8: tl.constexpr, CHANNELS: tl.constexpr, VEC: tl.constexpr, C: tl.constexpr,
+):
+    """The logit, t = exp(-|logit|), and how far x is from what the sign of the logit says (0 where it is right)."""
+    logit = tl.load(logits + locate(row, chunk, logits_s, logits_c, LOGITS, CHANNELS, VEC, C), mask=mask, other=0.0)
+    logit = logit.to(tl.float32)
+    target = tl.load(x + locate(row, chunk, x_s, x_c, X, CHANNELS, VEC, C), mask=mask, other=0).to(tl.float32)
+    if UINT8:
+        # From the integers, so that 0 and 255 miss by exactly 0 or 1.
+        miss = tl.where(logit >= 0.0, 255.0 - target, target) * 0.00392156862745098
+    else:
+        miss = tl.where(logit >= 0.0, 1.0 - target, target)
+    return logit, tl.exp(-tl.abs(logit)), miss
+
+
+@triton.jit
+def _gradient(logit, t, miss):
+    """sigmoid(logit) - x without cancellation."""
+    gap = miss - t / (1.0 + t)
+    return tl.where(logit >= 0.0, gap, -gap)
+
+
+@triton.jit
+def _forward(
+    logits, x, partials, grad, rows, units, chunks, scale, logits_s, logits_c, x_s, x_c, grad_s, grad_c,
+    LOGITS: tl.constexpr, X: tl.constexpr, GRAD: tl.constexpr, UINT8: tl.constexpr, WITH_GRAD: tl.constexpr,
+    CHANNELS: tl.constexpr, VEC: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+):
+    row, chunk = tile_rows(rows, chunks, R)
+    mask = tile_mask(row, rows, chunk, units, VEC, R, C)
+    logit, t, miss = _load(
+        logits, x, row, chunk, mask, logits_s, logits_c, x_s, x_c, LOGITS, X, UINT8, CHANNELS, VEC, C
+    )
+    # Every term is positive: nothing cancels. Masked elements have a logit of 0 and would count log 2.
+    nll = tl.where(mask, tl.fma(tl.abs(logit), miss, log1p_unit(t)), 0.0)
+    tl.store(partials + row * chunks + chunk, tl.sum(nll, axis=1, keep_dims=True), mask=row < rows)
+    if WITH_GRAD:
+        value = _gradient(logit, t, miss) * tl.full([], scale, tl.float32)
+        at = locate(row, chunk, grad_s, grad_c, GRAD, CHANNELS, VEC, C)
+        tl.store(grad + at, value.to(grad.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _backward(
+    logits, x, grad_nll, grad, rows, units, chunks, logits_s, logits_c, x_s, x_c, grad_nll_s, grad_s, grad_c,
+    LOGITS: tl.constexpr, X: tl.constexpr, GRAD: tl.constexpr, UINT8: tl.constexpr,
+    CHANNELS: tl.constexpr, VEC: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+):
+    row, chunk = tile_rows(rows, chunks, R)
+    mask = tile_mask(row, rows, chunk, units, VEC, R, C)
+    logit, t, miss = _load(
+        logits, x, row, chunk, mask, logits_s, logits_c, x_s, x_c, LOGITS, X, UINT8, CHANNELS, VEC, C
+    )
+    g = tl.load(grad_nll + (row // CHANNELS) * grad_nll_s, mask=row < rows, other=0.0).to(tl.float32)
+    at = locate(row, chunk, grad_s, grad_c, GRAD, CHANNELS, VEC, C)
+    tl.store(grad + at, (g * _gradient(logit, t, miss)).to(grad.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _rescale(x, factor, n, C: tl.constexpr):
+    f = tl.load(factor).to(tl.float32)
+    if f != 1.0:
+        at = tl.program_id(0).to(tl.int64) * C + tl.arange(0, C)
+        value = tl.load(x + at, mask=at < n).to(tl.float32) * f
+        tl.store(x + at, value.to(x.dtype.element_ty), mask=at < n)
+
+
+def _start(logits: Tensor, x: Tensor, scale: float | None):
+    tiling, (logits, x) = tile(logits, x)
+    partials = tiling.partials(logits)
+    grad = logits if scale is None else tiling.empty(logits.shape, logits)
+    places = [tiling.strides(tensor) for tensor in (logits, x, grad)]
+    launch(
+        _forward, tiling.grid, logits, x, partials, grad, tiling.rows, tiling.units, tiling.chunks,
+        0.0 if scale is None else scale, *(step for s, c, _ in places for step in (s, c)),
+        **dict(zip(("LOGITS", "X", "GRAD"), (p for _, _, p in places), strict=True)),
+        UINT8=x.dtype == torch.uint8, WITH_GRAD=scale is not None, **tiling.constexprs(),
+    )
+    return tiling, partials, grad
+
+
+def forward(logits: Tensor, x: Tensor) -> Tensor:
+    """nll fp32 [B]."""
+    tiling, partials, _ = _start(logits, x, None)
+    return tiling.total(partials)
+
+
+def backward(logits: Tensor, x: Tensor, grad_nll: Tensor) -> Tensor:
+    """The gradient of the logits: recomputed, since storing it in the forward pass would move as much."""
+    tiling, (logits, x) = tile(logits, x)
+    grad = tiling.empty(logits.shape, logits)
+    places = [tiling.strides(tensor) for tensor in (logits, x, grad)]
+    (l_s, l_c, l_p), (x_s, x_c, x_p), (g_s, g_c, g_p) = places
+    launch(
+        _backward, tiling.grid, logits, x, grad_nll, grad, tiling.rows, tiling.units, tiling.chunks,
+        l_s, l_c, x_s, x_c, grad_nll.stride(0), g_s, g_c,
+        LOGITS=l_p, X=x_p, GRAD=g_p, UINT8=x.dtype == torch.uint8, **tiling.constexprs(),
+    )
+    return grad
+
+
+def forward_with_grad(logits: Tensor, x: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """scale times the sum over the whole batch (fp32 scalar), and its gradient, in one pass."""
+    _, partials, grad = _start(logits, x, scale)
+    return partials.sum() * scale, grad
+
+
+def rescale(x: Tensor, factor: Tensor) -> None:
+    """x *= factor in place, without touching memory where the factor is 1 (decided on the device)."""
+    launch(_rescale, -(-x.numel() // TILE), x, factor, x.numel(), C=TILE)

@@ -1,0 +1,209 @@
+"""What every launch shares: how a tensor is cut into tiles, and how a kernel is started, traced or recorded."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import wrap_triton
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+# 16 elements a thread at 4 warps: enough bytes in flight for HBM, and Philox's fixed work is shared by four lanes.
+TILE = 2048
+WARPS = 4
+
+_recorded: list[tuple] | None = None
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[tuple]]:
+    """Collect launches as (kernel, args, constexprs) instead of running them: for compiling them without a GPU."""
+    global _recorded
+    previous, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = previous
+
+
+def launch(kernel, grid: int, *args, **constexprs) -> None:
+    """Start `kernel` on a one-dimensional grid; an empty grid is not an error."""
+    if _recorded is not None:
+        _recorded.append((kernel, args, constexprs))
+        return
+    if isinstance(grid, int) and grid == 0:
+        return
+    if "FAST" in kernel.arg_names:
+        # PTX exists on CUDA alone; the interpreter and ROCm take the portable branch.
+        constexprs["FAST"] = not INTERPRETED and torch.version.hip is None
+    started = kernel if INTERPRETED else wrap_triton(kernel)
+    started[(grid,)](*args, **constexprs, num_warps=WARPS)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """A batch of samples as rows of columns, cut into tiles of `block_rows` x `block_cols`.
+
+    A row is a sample (channels = 1) or one channel of a sample, so that channels_last is read in place. `vec` is a
+    power of two that divides every stride and the row length: the widest access the shapes allow, in elements.
+    """
+
+    batch: int
+    channels: int
+    cols: int
+    vec: int
+    block_rows: int
+    block_cols: int
+
+    @property
+    def rows(self) -> int:
+        return self.batch * self.channels
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.cols // self.block_cols)
+
+    @property
+    def units(self) -> int:
+        return self.cols // self.vec
+
+    @property
+    def grid(self) -> int:
+        return -(-self.rows // self.block_rows) * self.chunks
+
+    def partials(self, like: Tensor) -> Tensor:
+        """Where each tile leaves its fp32 sums: one number for each row and chunk."""
+        return torch.empty(self.rows, self.chunks, dtype=torch.float32, device=like.device)
+
+    def total(self, partials: Tensor) -> Tensor:
+        """The per-sample sums [B], added in a fixed order."""
+        per_sample = self.channels * self.chunks
+        return partials.view(self.batch) if per_sample == 1 else partials.view(self.batch, per_sample).sum(1)
+
+    def empty(self, shape: torch.Size, like: Tensor) -> Tensor:
+        """An output of `like`'s dtype in the layout that this tiling writes best: contiguous or channels_last."""
+        if self.channels == 1:
+            return torch.empty(shape, dtype=like.dtype, device=like.device)
+        return torch.empty(shape[0], *shape[2:], shape[1], dtype=like.dtype, device=like.device).movedim(-1, 1)
+
+    def constexprs(self) -> dict[str, int]:
+        return {"CHANNELS": self.channels, "VEC": self.vec, "R": self.block_rows, "C": self.block_cols}
+
+    def strides(self, x: Tensor) -> tuple[int, int, int]:
+        """(sample, channel, column) strides as `locate` in the kernels takes them."""
+        sample, channel, column = _split(x)
+        if self.channels == 1:
+            channel, column = 0, _flat(x)
+        unit = self.vec if column == 1 else 1
+        return sample // unit, channel // unit, column
+
+
+def _split(x: Tensor) -> tuple[int, int, int] | None:
+    """Strides of x as [B, C, P], or None where dimensions 2.. are not one run of equal steps."""
+    sample = x.stride(0)
+    channel = x.stride(1) if x.dim() > 1 else 0
+    column, expected = None, None
+    for size, stride in zip(reversed(x.shape[2:]), reversed(x.stride()[2:]), strict=True):
+        if size == 1:
+            continue
+        if column is None:
+            column, expected = stride, stride * size
+        elif stride != expected:
+            return None
+        else:
+            expected = stride * size
+    return sample, channel, 1 if column is None else column
+
+
+def _inner(x: Tensor) -> int:
+    size = 1
+    for extent in x.shape[2:]:
+        size *= extent
+    return size
+
+
+def _flat(x: Tensor) -> int | None:
+    """The one stride between the elements of a sample in logical order, or None where there is no such."""
+    split = _split(x)
+    if split is None:
+        return None
+    _, channel, column = split
+    inner = _inner(x)
+    if x.dim() == 1 or (inner == 1 and x.shape[1] == 1):
+        return 1
+    if inner == 1:
+        return channel
+    return column if x.shape[1] == 1 or channel == inner * column else None
+
+
+def _is_direct(x: Tensor, by_channel: bool) -> bool:
+    # Steps between columns that are neither contiguous, nor broadcast, nor channels_last would read one cache line an
+    # element: copying once is cheaper.
+    if not by_channel:
+        return _flat(x) in (0, 1)
+    split = _split(x)
+    return split is not None and (split[2] in (0, 1) or split[1] == 1)
+
+
+def tile(*tensors: Tensor | None) -> tuple[Tiling, list[Tensor | None]]:
+    """Choose the tiling for tensors of one shape [B, ...]; returns it and them, copied only where they must be."""
+    given = [x for x in tensors if x is not None]
+    tiling, direct = _tile(given)
+    placed = iter(direct)
+    return tiling, [None if x is None else next(placed) for x in tensors]
+
+
+def _tile(tensors: list[Tensor]) -> tuple[Tiling, list[Tensor]]:
+    shape = tensors[0].shape
+    batch, channels = shape[0], shape[1] if len(shape) > 1 else 1
+    inner = _inner(tensors[0])
+    # Four neighbours share a Philox call, so a channel can be a row of its own only if its length is a multiple of 4.
+    by_channel = inner % 4 == 0 and inner > 1 and not all(_is_direct(x, False) for x in tensors)
+    direct = [x if _is_direct(x, by_channel) else x.contiguous() for x in tensors]
+    if not by_channel:
+        channels, inner = 1, channels * inner
+    vec = 16
+    for x in direct:
+        sample, channel, _ = _split(x)
+        column = _split(x)[2] if by_channel else _flat(x)
+        steps = (sample, channel, inner) if by_channel else (sample, inner)
+        while column == 1 and any(step % vec for step in steps):
+            vec //= 2
+    block_cols = min(max(4, triton.next_power_of_2(inner)), TILE)
+    return Tiling(batch, channels, inner, vec, TILE // block_cols, block_cols), direct
+
+
+@triton.jit
+def tile_rows(rows, chunks, R: tl.constexpr):
+    """This program's rows [R, 1] (int64: offsets pass 2^31) and its chunk of the columns."""
+    program = tl.program_id(0)
+    row = (program // chunks).to(tl.int64) * R + tl.arange(0, R)[:, None]
+    return row, (program % chunks).to(tl.int64)
+
+
+@triton.jit
+def tile_mask(row, rows, chunk, units, VEC: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    """Which elements of the tile exist; the row length comes in units of VEC so that wide accesses stay wide."""
+    inside = (chunk * C + tl.arange(0, C))[None, :] < tl.full([], units, tl.int64) * VEC
+    return inside & (row < rows) if R > 1 else inside & (row >= 0)
+
+
+@triton.jit
+def locate(
+    row, chunk, sample_stride, channel_stride,
+    COLUMN: tl.constexpr, CHANNELS: tl.constexpr, VEC: tl.constexpr, C: tl.constexpr,
+):
+    """Offsets [R, C] of the tile's elements: 64 bits for the row and chunk, 32 within."""
+    unit: tl.constexpr = VEC if COLUMN == 1 else 1
+    if CHANNELS == 1:
+        start = row * sample_stride * unit
+    else:
+        start = (row // CHANNELS) * sample_stride * unit + (row % CHANNELS) * channel_stride * unit
+    return start + chunk * C * COLUMN + (tl.arange(0, C) * COLUMN)[None, :]

@@ -1,0 +1,139 @@
+"""Philox4x32-10 and Box-Muller in Triton: the same noise as `genfast.random`, made where it is used."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from genfast.kernels.launch import TILE, launch
+
+
+@triton.jit
+def philox4x32(seed, group, row, salt, STREAM: tl.constexpr):
+    """Four uint32 words for each element of `group` broadcast against `row` (int64)."""
+    k0 = (seed & 0xFFFFFFFF).to(tl.uint32)
+    k1 = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    c0 = group.to(tl.uint32)
+    c1 = c0 * 0 + (row & 0xFFFFFFFF).to(tl.uint32)
+    c2 = c0 * 0 + ((row >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    c3 = c0 * 0 + (tl.full([], salt, tl.uint32) << 8 | STREAM)
+    for _ in tl.static_range(10):
+        # One 64-bit product (IMAD.WIDE) gives both halves: cheaper than umulhi and a second product.
+        a = c0.to(tl.uint64) * 0xD2511F53
+        b = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (b >> 32).to(tl.uint32) ^ c1 ^ k0
+        c2 = (a >> 32).to(tl.uint32) ^ c3 ^ k1
+        c1 = b.to(tl.uint32)
+        c3 = a.to(tl.uint32)
+        k0 += 0x9E3779B9
+        k1 += 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def box_muller(first, second, FAST: tl.constexpr):
+    """Two standard normals from two uint32 words."""
+    u = first.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
+    theta = second.to(tl.int32, bitcast=True).to(tl.float32) * 1.4629180792671596e-09
+    if FAST:
+        # The hardware lg2 loses relative accuracy next to 1, where the log is all in the distance from 1: use its series.
+        log2 = tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [u], dtype=tl.float32, is_pure=True, pack=1)
+        v = 1.0 - u
+        near = v * tl.fma(v, tl.fma(v, 0.66666667, 1.0), 2.0)
+        square = tl.where(u > 0.99609375, near, log2 * -1.3862943611198906)
+        radius = tl.inline_asm_elementwise("sqrt.approx.ftz.f32 $0, $1;", "=f,f", [square], dtype=tl.float32, is_pure=True, pack=1)
+        cos = tl.inline_asm_elementwise("cos.approx.ftz.f32 $0, $1;", "=f,f", [theta], dtype=tl.float32, is_pure=True, pack=1)
+        sin = tl.inline_asm_elementwise("sin.approx.ftz.f32 $0, $1;", "=f,f", [theta], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        radius = tl.sqrt(-2.0 * tl.log(u))
+        cos = tl.cos(theta)
+        sin = tl.sin(theta)
+    return radius * cos, radius * sin
+
+
+@triton.jit
+def tile_words(
+    seed, row, chunk, units, row_offset, salt,
+    STREAM: tl.constexpr, CHANNELS: tl.constexpr, VEC: tl.constexpr, C: tl.constexpr,
+):
+    """Philox words for a tile of `genfast.kernels.launch`: four tensors [R, C / 4]."""
+    group = (chunk * (C // 4) + tl.arange(0, C // 4))[None, :]
+    if CHANNELS == 1:
+        sample = row
+        group = group + row * 0
+    else:
+        sample = row // CHANNELS
+        group = group + (row % CHANNELS) * (units * VEC // 4)
+    return philox4x32(seed, group, sample + row_offset, salt, STREAM)
+
+
+@triton.jit
+def interleave(e0, e1, e2, e3, R: tl.constexpr, C: tl.constexpr):
+    """Put the four lanes in order along the columns: [R, C]."""
+    return tl.join(tl.join(e0, e2), tl.join(e1, e3)).reshape(R, C)
+
+
+@triton.jit
+def tile_normal(
+    seed, row, chunk, units, row_offset, salt,
+    STREAM: tl.constexpr, CHANNELS: tl.constexpr, VEC: tl.constexpr, R: tl.constexpr, C: tl.constexpr, FAST: tl.constexpr,
+):
+    """Standard normals [R, C] of a tile."""
+    w0, w1, w2, w3 = tile_words(seed, row, chunk, units, row_offset, salt, STREAM, CHANNELS, VEC, C)
+    e0, e1 = box_muller(w0, w1, FAST)
+    e2, e3 = box_muller(w2, w3, FAST)
+    return interleave(e0, e1, e2, e3, R, C)
+
+
+@triton.jit
+def _fill(
+    out, seed, rows, cols, row_offset, salt, col_offset,
+    STREAM: tl.constexpr, KIND: tl.constexpr, R: tl.constexpr, C: tl.constexpr, FAST: tl.constexpr,
+):
+    chunks = (col_offset % 4 + cols + C - 1) // C
+    program = tl.program_id(0)
+    row = (program // chunks).to(tl.int64) * R + tl.arange(0, R)[:, None]
+    chunk = (program % chunks).to(tl.int64)
+    group = col_offset // 4 + (chunk * (C // 4) + tl.arange(0, C // 4))[None, :] + row * 0
+    w0, w1, w2, w3 = philox4x32(tl.load(seed), group, row + row_offset, tl.load(salt), STREAM)
+    if KIND == "normal":
+        w0, w1 = box_muller(w0, w1, FAST)
+        w2, w3 = box_muller(w2, w3, FAST)
+    value = interleave(w0, w1, w2, w3, R, C)
+    if KIND == "uniform":
+        value = (value >> 9).to(tl.float32) * 1.1920928955078125e-07 + 5.9604644775390625e-08
+    if KIND == "bits":
+        value = value.to(tl.int64)
+    col = (chunk * C + tl.arange(0, C))[None, :] - col_offset % 4
+    tl.store(out + row * cols + col, value, mask=(row < rows) & (col >= 0) & (col < cols))
+
+
+def _fill_block(kind: str, seed, rows, cols, stream, row_offset, salt, col_offset, block_cols=None) -> Tensor:
+    out = torch.empty(rows, cols, dtype=torch.int64 if kind == "bits" else torch.float32, device=seed.device)
+    salt = salt if isinstance(salt, Tensor) else torch.full((1,), salt, dtype=torch.int64, device=seed.device)
+    span = col_offset % 4 + cols
+    block_cols = block_cols or min(max(4, triton.next_power_of_2(span)), TILE)
+    block_rows = TILE // block_cols
+    grid = -(-rows // block_rows) * -(-span // block_cols) if cols else 0
+    launch(
+        _fill, grid, out, seed, rows, cols, row_offset, salt, col_offset,
+        STREAM=stream, KIND=kind, R=block_rows, C=block_cols,
+    )
+    return out
+
+
+def fill_normal(seed, rows, cols, stream, row_offset=0, salt=0, col_offset=0, block_cols=None) -> Tensor:
+    """`genfast.random.normal` as one launch: fp32 [rows, cols]."""
+    return _fill_block("normal", seed, rows, cols, stream, row_offset, salt, col_offset, block_cols)
+
+
+def fill_uniform(seed, rows, cols, stream, row_offset=0, salt=0, col_offset=0, block_cols=None) -> Tensor:
+    """`genfast.random.uniform` as one launch: fp32 [rows, cols]."""
+    return _fill_block("uniform", seed, rows, cols, stream, row_offset, salt, col_offset, block_cols)
+
+
+def fill_bits(seed, rows, cols, stream, row_offset=0, salt=0, col_offset=0, block_cols=None) -> Tensor:
+    """The raw 32-bit words as int64 [rows, cols], for tests."""
+    return _fill_block("bits", seed, rows, cols, stream, row_offset, salt, col_offset, block_cols)
