@@ -33,7 +33,7 @@ _RUN_FILES = (
     "curves.png", "manifold.png", "interpolation.png", "evaluation.json",
 )  # fmt: skip
 # Without --epochs: this many images in all, within these bounds.
-_IMAGES_SEEN = 200_000
+_IMAGES_SEEN = 250_000
 _EPOCHS = (10, 100)
 
 Device = Annotated[str, typer.Option(help="auto (a CUDA GPU if there is one), cpu, cuda, cuda:1, ...")]
@@ -110,16 +110,14 @@ def train(
     folder = _open_run(out, f"{family}-{splits.name}")
     # A named set's location may be anywhere; a folder of images must be found again from any working directory.
     source = data if data in training.DATASETS else str(Path(data).resolve())
-    run = _RunFolder(
-        folder,
-        {
-            "genfast": genfast.__version__, "torch": torch.__version__, "family": family,
-            "data": source, "data_root": None if data_root is None else str(data_root.resolve()),
-            "image_size": image_size, "binarize": binarize, "train_images": len(train_data),
-            "test_images": len(test_data), "image_shape": list(train_data.image_shape), "epochs": epochs,
-            "batch_size": batch_size, "lr": lr, "seed": seed, "device": str(where), "compile": compile, **options,
-        },  # fmt: skip
-    )
+    settings = {
+        "genfast": genfast.__version__, "torch": torch.__version__, "family": family, "data": source,
+        "data_root": None if data_root is None else str(data_root.resolve()), "image_size": image_size,
+        "binarize": binarize, "train_images": len(train_data), "test_images": len(test_data),
+        "image_shape": list(train_data.image_shape), "epochs": epochs, "batch_size": batch_size, "lr": lr,
+        "seed": seed, "device": str(where), "compile": compile, **options,
+    }  # fmt: skip
+    run = _RunFolder(folder, settings)
     run.write_settings("running")
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(
@@ -222,7 +220,8 @@ def info() -> None:
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
             capability = f"sm_{properties.major}{properties.minor}"
-            rows.append((f"cuda:{index}", f"{properties.name}, {capability}, {properties.total_memory / 2**30:.0f} GiB"))
+            memory = f"{properties.total_memory / 2**30:.0f} GiB"
+            rows.append((f"cuda:{index}", f"{properties.name}, {capability}, {memory}"))
     else:
         rows.append(("cuda", "not available"))
     rows.append(("cpu", f"{torch.get_num_threads()} threads"))

@@ -7,31 +7,35 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from genfast.kernels._math import log1p_unit
+from genfast.kernels._math import exp, log1p_unit, reciprocal
 from genfast.kernels.launch import TILE, launch, locate, tile, tile_mask, tile_rows
 
 
 @triton.jit
 def _load(
     logits, x, row, chunk, mask, logits_s, logits_c, x_s, x_c, LOGITS: tl.constexpr, X: tl.constexpr,
-    UINT8: tl.constexpr, CHANNELS: tl.constexpr, VEC: tl.constexpr, C: tl.constexpr,
+    UINT8: tl.constexpr, CHANNELS: tl.constexpr, VEC: tl.constexpr, C: tl.constexpr, FAST: tl.constexpr,
 ):
     """The logit, t = exp(-|logit|), and how far x is from what the sign of the logit says (0 where it is right)."""
-    logit = tl.load(logits + locate(row, chunk, logits_s, logits_c, LOGITS, CHANNELS, VEC, C), mask=mask, other=0.0)
-    logit = logit.to(tl.float32)
-    target = tl.load(x + locate(row, chunk, x_s, x_c, X, CHANNELS, VEC, C), mask=mask, other=0).to(tl.float32)
+    # What lies outside the tile is confidently and rightly 0: it adds nothing to the sum.
+    at = locate(row, chunk, logits_s, logits_c, LOGITS, CHANNELS, VEC, C)
+    logit = tl.load(logits + at, mask=mask, other=-60000.0).to(tl.float32)
+    target = tl.load(x + locate(row, chunk, x_s, x_c, X, CHANNELS, VEC, C), mask=mask, other=0)
     if UINT8:
-        # From the integers, so that 0 and 255 miss by exactly 0 or 1.
-        miss = tl.where(logit >= 0.0, 255.0 - target, target) * 0.00392156862745098
+        # 2^23 + byte, put together as bits: exact, and four times the rate of the integer conversion. 0 and 255 miss by
+        # exactly 0 or 1.
+        shifted = (target.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True)
+        miss = tl.where(logit >= 0.0, 8388863.0 - shifted, shifted - 8388608.0) * 0.00392156862745098
     else:
+        target = target.to(tl.float32)
         miss = tl.where(logit >= 0.0, 1.0 - target, target)
-    return logit, tl.exp(-tl.abs(logit)), miss
+    return logit, exp(-tl.abs(logit), FAST), miss
 
 
 @triton.jit
-def _gradient(logit, t, miss):
+def _gradient(logit, t, miss, FAST: tl.constexpr):
     """sigmoid(logit) - x without cancellation."""
-    gap = miss - t / (1.0 + t)
+    gap = miss - t * reciprocal(1.0 + t, FAST)
     return tl.where(logit >= 0.0, gap, -gap)
 
 
@@ -39,18 +43,18 @@ def _gradient(logit, t, miss):
 def _forward(
     logits, x, partials, grad, rows, units, chunks, scale, logits_s, logits_c, x_s, x_c, grad_s, grad_c,
     LOGITS: tl.constexpr, X: tl.constexpr, GRAD: tl.constexpr, UINT8: tl.constexpr, WITH_GRAD: tl.constexpr,
-    CHANNELS: tl.constexpr, VEC: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    CHANNELS: tl.constexpr, VEC: tl.constexpr, R: tl.constexpr, C: tl.constexpr, FAST: tl.constexpr,
 ):
     row, chunk = tile_rows(rows, chunks, R)
     mask = tile_mask(row, rows, chunk, units, VEC, R, C)
     logit, t, miss = _load(
-        logits, x, row, chunk, mask, logits_s, logits_c, x_s, x_c, LOGITS, X, UINT8, CHANNELS, VEC, C
+        logits, x, row, chunk, mask, logits_s, logits_c, x_s, x_c, LOGITS, X, UINT8, CHANNELS, VEC, C, FAST
     )
-    # Every term is positive: nothing cancels. Masked elements have a logit of 0 and would count log 2.
-    nll = tl.where(mask, tl.fma(tl.abs(logit), miss, log1p_unit(t)), 0.0)
+    # Every term is positive: nothing cancels.
+    nll = tl.fma(tl.abs(logit), miss, log1p_unit(t))
     tl.store(partials + row * chunks + chunk, tl.sum(nll, axis=1, keep_dims=True), mask=row < rows)
     if WITH_GRAD:
-        value = _gradient(logit, t, miss) * tl.full([], scale, tl.float32)
+        value = _gradient(logit, t, miss, FAST) * tl.full([], scale, tl.float32)
         at = locate(row, chunk, grad_s, grad_c, GRAD, CHANNELS, VEC, C)
         tl.store(grad + at, value.to(grad.dtype.element_ty), mask=mask)
 
@@ -59,16 +63,16 @@ def _forward(
 def _backward(
     logits, x, grad_nll, grad, rows, units, chunks, logits_s, logits_c, x_s, x_c, grad_nll_s, grad_s, grad_c,
     LOGITS: tl.constexpr, X: tl.constexpr, GRAD: tl.constexpr, UINT8: tl.constexpr,
-    CHANNELS: tl.constexpr, VEC: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    CHANNELS: tl.constexpr, VEC: tl.constexpr, R: tl.constexpr, C: tl.constexpr, FAST: tl.constexpr,
 ):
     row, chunk = tile_rows(rows, chunks, R)
     mask = tile_mask(row, rows, chunk, units, VEC, R, C)
     logit, t, miss = _load(
-        logits, x, row, chunk, mask, logits_s, logits_c, x_s, x_c, LOGITS, X, UINT8, CHANNELS, VEC, C
+        logits, x, row, chunk, mask, logits_s, logits_c, x_s, x_c, LOGITS, X, UINT8, CHANNELS, VEC, C, FAST
     )
     g = tl.load(grad_nll + (row // CHANNELS) * grad_nll_s, mask=row < rows, other=0.0).to(tl.float32)
     at = locate(row, chunk, grad_s, grad_c, GRAD, CHANNELS, VEC, C)
-    tl.store(grad + at, (g * _gradient(logit, t, miss)).to(grad.dtype.element_ty), mask=mask)
+    tl.store(grad + at, (g * _gradient(logit, t, miss, FAST)).to(grad.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from genfast.kernels._math import expm1, expm1_minus
+from genfast.kernels._math import exp, expm1, expm1_minus
 from genfast.kernels.launch import launch, locate, tile, tile_mask, tile_rows
 
 
@@ -14,14 +14,14 @@ from genfast.kernels.launch import launch, locate, tile, tile_mask, tile_rows
 def _load(
     mu_q, logvar_q, mu_p, logvar_p, row, chunk, mask, mu_q_s, mu_q_c, logvar_q_s, logvar_q_c, mu_p_s, mu_p_c,
     logvar_p_s, logvar_p_c, MU_Q: tl.constexpr, LOGVAR_Q: tl.constexpr, MU_P: tl.constexpr, LOGVAR_P: tl.constexpr,
-    CHANNELS: tl.constexpr, VEC: tl.constexpr, C: tl.constexpr,
+    CHANNELS: tl.constexpr, VEC: tl.constexpr, C: tl.constexpr, FAST: tl.constexpr,
 ):
     """(mu_q - mu_p) / std_p, 1 / std_p, and d = logvar_q - logvar_p."""
     mq = tl.load(mu_q + locate(row, chunk, mu_q_s, mu_q_c, MU_Q, CHANNELS, VEC, C), mask=mask, other=0.0)
     lq = tl.load(logvar_q + locate(row, chunk, logvar_q_s, logvar_q_c, LOGVAR_Q, CHANNELS, VEC, C), mask=mask, other=0.0)
     mp = tl.load(mu_p + locate(row, chunk, mu_p_s, mu_p_c, MU_P, CHANNELS, VEC, C), mask=mask, other=0.0)
     lp = tl.load(logvar_p + locate(row, chunk, logvar_p_s, logvar_p_c, LOGVAR_P, CHANNELS, VEC, C), mask=mask, other=0.0)
-    inverse_std = tl.exp(-0.5 * lp.to(tl.float32))
+    inverse_std = exp(-0.5 * lp.to(tl.float32), FAST)
     gap = mq.to(tl.float32) - mp.to(tl.float32)
     # Equal means stay equal however narrow the prior: 0 * inf would be NaN.
     scaled = tl.where(gap == 0.0, 0.0, gap * inverse_std)
@@ -33,15 +33,15 @@ def _forward(
     mu_q, logvar_q, mu_p, logvar_p, partials, rows, units, chunks,
     mu_q_s, mu_q_c, logvar_q_s, logvar_q_c, mu_p_s, mu_p_c, logvar_p_s, logvar_p_c,
     MU_Q: tl.constexpr, LOGVAR_Q: tl.constexpr, MU_P: tl.constexpr, LOGVAR_P: tl.constexpr,
-    CHANNELS: tl.constexpr, VEC: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    CHANNELS: tl.constexpr, VEC: tl.constexpr, R: tl.constexpr, C: tl.constexpr, FAST: tl.constexpr,
 ):
     row, chunk = tile_rows(rows, chunks, R)
     mask = tile_mask(row, rows, chunk, units, VEC, R, C)
     scaled, _, d = _load(
         mu_q, logvar_q, mu_p, logvar_p, row, chunk, mask, mu_q_s, mu_q_c, logvar_q_s, logvar_q_c, mu_p_s, mu_p_c,
-        logvar_p_s, logvar_p_c, MU_Q, LOGVAR_Q, MU_P, LOGVAR_P, CHANNELS, VEC, C,
+        logvar_p_s, logvar_p_c, MU_Q, LOGVAR_Q, MU_P, LOGVAR_P, CHANNELS, VEC, C, FAST,
     )
-    kl = 0.5 * tl.fma(scaled, scaled, expm1_minus(d, tl.exp(d)))
+    kl = 0.5 * tl.fma(scaled, scaled, expm1_minus(d, exp(d, FAST)))
     tl.store(partials + row * chunks + chunk, tl.sum(kl, axis=1, keep_dims=True), mask=row < rows)
 
 
@@ -51,17 +51,17 @@ def _backward(
     rows, units, chunks,
     mu_q_s, mu_q_c, logvar_q_s, logvar_q_c, mu_p_s, mu_p_c, logvar_p_s, logvar_p_c, grad_kl_s, out_s, out_c,
     MU_Q: tl.constexpr, LOGVAR_Q: tl.constexpr, MU_P: tl.constexpr, LOGVAR_P: tl.constexpr, OUT: tl.constexpr,
-    CHANNELS: tl.constexpr, VEC: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    CHANNELS: tl.constexpr, VEC: tl.constexpr, R: tl.constexpr, C: tl.constexpr, FAST: tl.constexpr,
 ):
     row, chunk = tile_rows(rows, chunks, R)
     mask = tile_mask(row, rows, chunk, units, VEC, R, C)
     scaled, inverse_std, d = _load(
         mu_q, logvar_q, mu_p, logvar_p, row, chunk, mask, mu_q_s, mu_q_c, logvar_q_s, logvar_q_c, mu_p_s, mu_p_c,
-        logvar_p_s, logvar_p_c, MU_Q, LOGVAR_Q, MU_P, LOGVAR_P, CHANNELS, VEC, C,
+        logvar_p_s, logvar_p_c, MU_Q, LOGVAR_Q, MU_P, LOGVAR_P, CHANNELS, VEC, C, FAST,
     )
     g = tl.load(grad_kl + (row // CHANNELS) * grad_kl_s, mask=row < rows, other=0.0).to(tl.float32)
     to_mu = g * tl.where(scaled == 0.0, 0.0, scaled * inverse_std)
-    to_logvar = 0.5 * g * expm1(d, tl.exp(d))
+    to_logvar = 0.5 * g * expm1(d, exp(d, FAST))
     at = locate(row, chunk, out_s, out_c, OUT, CHANNELS, VEC, C)
     dtype = grad_mu_q.dtype.element_ty
     tl.store(grad_mu_q + at, to_mu.to(dtype), mask=mask)

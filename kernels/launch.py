@@ -18,6 +18,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # 16 elements a thread at 4 warps: enough bytes in flight for HBM, and Philox's fixed work is shared by four lanes.
 TILE = 2048
 WARPS = 4
+# Triton 3.10 turns the fusion of products and sums off by default.
+OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}
 
 _recorded: list[tuple] | None = None
 
@@ -44,7 +46,9 @@ def launch(kernel, grid: int, *args, **constexprs) -> None:
         # PTX exists on CUDA alone; the interpreter and ROCm take the portable branch.
         constexprs["FAST"] = not INTERPRETED and torch.version.hip is None
     started = kernel if INTERPRETED else wrap_triton(kernel)
-    started[(grid,)](*args, **constexprs, num_warps=WARPS)
+    # A traced launch does not take the option; the kernels spell out the fused products that accuracy rests on.
+    options = OPTIONS if started is kernel and not INTERPRETED else {"num_warps": WARPS}
+    started[(grid,)](*args, **constexprs, **options)
 
 
 @dataclass(frozen=True)
@@ -152,15 +156,15 @@ def _is_direct(x: Tensor, by_channel: bool) -> bool:
     return split is not None and (split[2] in (0, 1) or split[1] == 1)
 
 
-def tile(*tensors: Tensor | None) -> tuple[Tiling, list[Tensor | None]]:
-    """Choose the tiling for tensors of one shape [B, ...]; returns it and them, copied only where they must be."""
-    given = [x for x in tensors if x is not None]
-    tiling, direct = _tile(given)
+def tile(*tensors: Tensor | None, size: int = TILE) -> tuple[Tiling, list[Tensor | None]]:
+    """Choose tiles of `size` elements for tensors of one shape [B, ...]; returns the tiling and the tensors, copied
+    only where they must be."""
+    tiling, direct = _tile([x for x in tensors if x is not None], size)
     placed = iter(direct)
     return tiling, [None if x is None else next(placed) for x in tensors]
 
 
-def _tile(tensors: list[Tensor]) -> tuple[Tiling, list[Tensor]]:
+def _tile(tensors: list[Tensor], size: int) -> tuple[Tiling, list[Tensor]]:
     shape = tensors[0].shape
     batch, channels = shape[0], shape[1] if len(shape) > 1 else 1
     inner = _inner(tensors[0])
@@ -176,8 +180,8 @@ def _tile(tensors: list[Tensor]) -> tuple[Tiling, list[Tensor]]:
         steps = (sample, channel, inner) if by_channel else (sample, inner)
         while column == 1 and any(step % vec for step in steps):
             vec //= 2
-    block_cols = min(max(4, triton.next_power_of_2(inner)), TILE)
-    return Tiling(batch, channels, inner, vec, TILE // block_cols, block_cols), direct
+    block_cols = min(max(4, triton.next_power_of_2(inner)), size)
+    return Tiling(batch, channels, inner, vec, size // block_cols, block_cols), direct
 
 
 @triton.jit

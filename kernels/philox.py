@@ -16,9 +16,9 @@ def philox4x32(seed, group, row, salt, STREAM: tl.constexpr):
     k0 = (seed & 0xFFFFFFFF).to(tl.uint32)
     k1 = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
     c0 = group.to(tl.uint32)
-    c1 = c0 * 0 + (row & 0xFFFFFFFF).to(tl.uint32)
-    c2 = c0 * 0 + ((row >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    c3 = c0 * 0 + (tl.full([], salt, tl.uint32) << 8 | STREAM)
+    c0, c1 = tl.broadcast(c0, (row & 0xFFFFFFFF).to(tl.uint32))
+    c2 = c1 * 0 + ((row >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    c3 = c1 * 0 + (tl.full([], salt, tl.uint32) << 8 | STREAM)
     for _ in tl.static_range(10):
         # One 64-bit product (IMAD.WIDE) gives both halves: cheaper than umulhi and a second product.
         a = c0.to(tl.uint64) * 0xD2511F53
@@ -38,11 +38,9 @@ def box_muller(first, second, FAST: tl.constexpr):
     u = first.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
     theta = second.to(tl.int32, bitcast=True).to(tl.float32) * 1.4629180792671596e-09
     if FAST:
-        # The hardware lg2 loses relative accuracy next to 1, where the log is all in the distance from 1: use its series.
+        # The hardware lg2 is off by 2^-23 next to 1, where -2 log(u) itself is small and 2 (1 - u) is nearer.
         log2 = tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [u], dtype=tl.float32, is_pure=True, pack=1)
-        v = 1.0 - u
-        near = v * tl.fma(v, tl.fma(v, 0.66666667, 1.0), 2.0)
-        square = tl.where(u > 0.99609375, near, log2 * -1.3862943611198906)
+        square = tl.where(u > 0.99951171875, tl.fma(u, -2.0, 2.0), log2 * -1.3862943611198906)
         radius = tl.inline_asm_elementwise("sqrt.approx.ftz.f32 $0, $1;", "=f,f", [square], dtype=tl.float32, is_pure=True, pack=1)
         cos = tl.inline_asm_elementwise("cos.approx.ftz.f32 $0, $1;", "=f,f", [theta], dtype=tl.float32, is_pure=True, pack=1)
         sin = tl.inline_asm_elementwise("sin.approx.ftz.f32 $0, $1;", "=f,f", [theta], dtype=tl.float32, is_pure=True, pack=1)
@@ -54,19 +52,11 @@ def box_muller(first, second, FAST: tl.constexpr):
 
 
 @triton.jit
-def tile_words(
-    seed, row, chunk, units, row_offset, salt,
-    STREAM: tl.constexpr, CHANNELS: tl.constexpr, VEC: tl.constexpr, C: tl.constexpr,
-):
-    """Philox words for a tile of `genfast.kernels.launch`: four tensors [R, C / 4]."""
-    group = (chunk * (C // 4) + tl.arange(0, C // 4))[None, :]
-    if CHANNELS == 1:
-        sample = row
-        group = group + row * 0
-    else:
-        sample = row // CHANNELS
-        group = group + (row % CHANNELS) * (units * VEC // 4)
-    return philox4x32(seed, group, sample + row_offset, salt, STREAM)
+def _four_normals(seed, group, row, salt, STREAM: tl.constexpr, FAST: tl.constexpr):
+    w0, w1, w2, w3 = philox4x32(seed, group, row, salt, STREAM)
+    e0, e1 = box_muller(w0, w1, FAST)
+    e2, e3 = box_muller(w2, w3, FAST)
+    return e0, e1, e2, e3
 
 
 @triton.jit
@@ -77,13 +67,25 @@ def interleave(e0, e1, e2, e3, R: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def tile_normal(
-    seed, row, chunk, units, row_offset, salt,
-    STREAM: tl.constexpr, CHANNELS: tl.constexpr, VEC: tl.constexpr, R: tl.constexpr, C: tl.constexpr, FAST: tl.constexpr,
+    seed, row, chunk, units, row_offset, salt, STREAM: tl.constexpr, HALF: tl.constexpr,
+    CHANNELS: tl.constexpr, VEC: tl.constexpr, R: tl.constexpr, C: tl.constexpr, FAST: tl.constexpr,
 ):
-    """Standard normals [R, C] of a tile."""
-    w0, w1, w2, w3 = tile_words(seed, row, chunk, units, row_offset, salt, STREAM, CHANNELS, VEC, C)
-    e0, e1 = box_muller(w0, w1, FAST)
-    e2, e3 = box_muller(w2, w3, FAST)
+    """Standard normals [R, C] of a tile of `genfast.kernels.launch`; HALF: the data beside them have 16 bits."""
+    if CHANNELS == 1:
+        sample = row
+        first = chunk * (C // 4)
+    else:
+        sample = row // CHANNELS
+        first = chunk * (C // 4) + (row % CHANNELS) * (units * VEC // 4)
+    if HALF and C >= 8:
+        # A thread reads 8 neighbours of 16 bits at once: make two Philox groups in it, or they would have to be
+        # exchanged through shared memory.
+        even = first + (tl.arange(0, C // 8) * 2)[None, :]
+        a0, a1, a2, a3 = _four_normals(seed, even, sample + row_offset, salt, STREAM, FAST)
+        b0, b1, b2, b3 = _four_normals(seed, even + 1, sample + row_offset, salt, STREAM, FAST)
+        return interleave(tl.join(a0, b0), tl.join(a1, b1), tl.join(a2, b2), tl.join(a3, b3), R, C)
+    group = first + tl.arange(0, C // 4)[None, :]
+    e0, e1, e2, e3 = _four_normals(seed, group, sample + row_offset, salt, STREAM, FAST)
     return interleave(e0, e1, e2, e3, R, C)
 
 
@@ -96,16 +98,15 @@ def _fill(
     program = tl.program_id(0)
     row = (program // chunks).to(tl.int64) * R + tl.arange(0, R)[:, None]
     chunk = (program % chunks).to(tl.int64)
-    group = col_offset // 4 + (chunk * (C // 4) + tl.arange(0, C // 4))[None, :] + row * 0
-    w0, w1, w2, w3 = philox4x32(tl.load(seed), group, row + row_offset, tl.load(salt), STREAM)
+    group = col_offset // 4 + (chunk * (C // 4) + tl.arange(0, C // 4))[None, :]
     if KIND == "normal":
-        w0, w1 = box_muller(w0, w1, FAST)
-        w2, w3 = box_muller(w2, w3, FAST)
-    value = interleave(w0, w1, w2, w3, R, C)
-    if KIND == "uniform":
-        value = (value >> 9).to(tl.float32) * 1.1920928955078125e-07 + 5.9604644775390625e-08
-    if KIND == "bits":
-        value = value.to(tl.int64)
+        e0, e1, e2, e3 = _four_normals(tl.load(seed), group, row + row_offset, tl.load(salt), STREAM, FAST)
+        value = interleave(e0, e1, e2, e3, R, C)
+    else:
+        w0, w1, w2, w3 = philox4x32(tl.load(seed), group, row + row_offset, tl.load(salt), STREAM)
+        value = interleave(w0, w1, w2, w3, R, C).to(tl.int64)
+        if KIND == "uniform":
+            value = (value >> 9).to(tl.float32) * 1.1920928955078125e-07 + 5.9604644775390625e-08
     col = (chunk * C + tl.arange(0, C))[None, :] - col_offset % 4
     tl.store(out + row * cols + col, value, mask=(row < rows) & (col >= 0) & (col < cols))
 

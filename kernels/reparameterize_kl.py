@@ -6,10 +6,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from genfast.kernels._math import expm1, expm1_minus
-from genfast.kernels.launch import launch, locate, tile, tile_mask, tile_rows
+from genfast.kernels._math import exp, exp2, expm1, expm1_minus
+from genfast.kernels.launch import TILE, launch, locate, tile, tile_mask, tile_rows
 from genfast.kernels.philox import tile_normal
 from genfast.random import Stream
+
+HALF_LOG2E = tl.constexpr(0.7213475204444817)
 
 
 @triton.jit
@@ -32,6 +34,7 @@ def _forward(
     CHANNELS: tl.constexpr, VEC: tl.constexpr, R: tl.constexpr, C: tl.constexpr, FAST: tl.constexpr,
 ):
     row, chunk = tile_rows(rows, chunks, R)
+    HALF: tl.constexpr = mu.dtype.element_ty.primitive_bitwidth == 16
     mask = tile_mask(row, rows, chunk, units, VEC, R, C)
     m = tl.load(mu + locate(row, chunk, mu_s, mu_c, MU, CHANNELS, VEC, C), mask=mask, other=0.0).to(tl.float32)
     at = locate(row, chunk, logvar_s, logvar_c, LOGVAR, CHANNELS, VEC, C)
@@ -39,17 +42,18 @@ def _forward(
     if HAS_EPS:
         noise = tl.load(eps + locate(row, chunk, eps_s, eps_c, EPS, CHANNELS, VEC, C), mask=mask, other=0.0).to(tl.float32)
     else:
-        noise = tile_normal(tl.load(seed), row, chunk, units, row_offset, 0, STREAM, CHANNELS, VEC, R, C, FAST)
-    sample = tl.fma(tl.exp(0.5 * lv), noise, m)
+        noise = tile_normal(tl.load(seed), row, chunk, units, row_offset, 0, STREAM, HALF, CHANNELS, VEC, R, C, FAST)
+    sample = tl.fma(exp2(lv * HALF_LOG2E, FAST), noise, m)
     tl.store(z + locate(row, chunk, z_s, z_c, Z, CHANNELS, VEC, C), sample.to(z.dtype.element_ty), mask=mask)
-    kl = 0.5 * tl.fma(m, m, expm1_minus(lv, tl.exp(lv)))
+    twice_kl = tl.fma(m, m, expm1_minus(lv, exp(lv, FAST)))
     if HAS_FREE:
-        least = tl.full([], free_bits, tl.float32)
-        kl = tl.where(kl < least, least, kl)
+        least = 2.0 * tl.full([], free_bits, tl.float32)
+        twice_kl = tl.where(twice_kl < least, least, twice_kl)
     if HAS_FREE or HAS_CLAMP:
         # Elsewhere the zeros that masked loads return have a KL of zero.
-        kl = tl.where(mask, kl, 0.0)
-    tl.store(partials + row * chunks + chunk, tl.sum(kl, axis=1, keep_dims=True), mask=row < rows)
+        twice_kl = tl.where(mask, twice_kl, 0.0)
+    kl = 0.5 * tl.sum(twice_kl, axis=1, keep_dims=True)
+    tl.store(partials + row * chunks + chunk, kl, mask=row < rows)
 
 
 @triton.jit
@@ -63,6 +67,7 @@ def _backward(
     CHANNELS: tl.constexpr, VEC: tl.constexpr, R: tl.constexpr, C: tl.constexpr, FAST: tl.constexpr,
 ):
     row, chunk = tile_rows(rows, chunks, R)
+    HALF: tl.constexpr = mu.dtype.element_ty.primitive_bitwidth == 16
     mask = tile_mask(row, rows, chunk, units, VEC, R, C)
     at = locate(row, chunk, logvar_s, logvar_c, LOGVAR, CHANNELS, VEC, C)
     lv, clamped = _load_logvar(logvar, at, mask, lo, hi, HAS_CLAMP)
@@ -71,11 +76,11 @@ def _backward(
     if HAS_GRAD_KL:
         m = tl.load(mu + locate(row, chunk, mu_s, mu_c, MU, CHANNELS, VEC, C), mask=mask, other=0.0).to(tl.float32)
         g = tl.load(grad_kl + (row // CHANNELS) * grad_kl_s, mask=row < rows, other=0.0).to(tl.float32)
-        variance = tl.exp(lv)
+        variance = exp(lv, FAST)
         to_mu = g * m
         to_logvar = 0.5 * g * expm1(lv, variance)
         if HAS_FREE:
-            free = 0.5 * tl.fma(m, m, expm1_minus(lv, variance)) < tl.full([], free_bits, tl.float32)
+            free = tl.fma(m, m, expm1_minus(lv, variance)) < 2.0 * tl.full([], free_bits, tl.float32)
             to_mu = tl.where(free, 0.0, to_mu)
             to_logvar = tl.where(free, 0.0, to_logvar)
     if HAS_GRAD_Z:
@@ -84,9 +89,9 @@ def _backward(
         if HAS_EPS:
             noise = tl.load(eps + locate(row, chunk, eps_s, eps_c, EPS, CHANNELS, VEC, C), mask=mask, other=0.0).to(tl.float32)
         else:
-            noise = tile_normal(tl.load(seed), row, chunk, units, row_offset, 0, STREAM, CHANNELS, VEC, R, C, FAST)
+            noise = tile_normal(tl.load(seed), row, chunk, units, row_offset, 0, STREAM, HALF, CHANNELS, VEC, R, C, FAST)
         to_mu += gz
-        to_logvar += 0.5 * gz * noise * tl.exp(0.5 * lv)
+        to_logvar += 0.5 * gz * noise * exp2(lv * HALF_LOG2E, FAST)
     if HAS_CLAMP:
         to_logvar = tl.where(clamped, 0.0, to_logvar)
     at = locate(row, chunk, out_s, out_c, OUT, CHANNELS, VEC, C)
@@ -106,7 +111,8 @@ def forward(
     row_offset: int, free_bits: float, clamp: list[float] | None,
 ) -> tuple[Tensor, Tensor]:
     """z like mu, and kl fp32 [B]."""
-    tiling, (mu, logvar, eps) = tile(mu, logvar, eps)
+    # In 16 bits the pass is bound by instructions: a larger tile spreads each thread's fixed work further.
+    tiling, (mu, logvar, eps) = tile(mu, logvar, eps, size=2 * TILE if mu.element_size() == 2 else TILE)
     z, partials = tiling.empty(mu.shape, mu), tiling.partials(mu)
     noise = mu if eps is None else eps
     places = [tiling.strides(x) for x in (mu, logvar, noise, z)]

@@ -78,10 +78,11 @@ class DiagonalGaussianDistribution:
         return z
 
     def kl(self, other: DiagonalGaussianDistribution | None = None) -> Tensor:
-        """KL divergence to `other`, or to N(0, I), summed over all but the batch: fp32 [B], nats; zeros [1] for a point mass.
+        """KL divergence to `other`, or to N(0, I), summed over the latent: fp32 [B], nats; zeros [1] for a point mass.
 
         Example:
-            >>> DiagonalGaussianDistribution(torch.ones(1, 2, 1, 1)).kl(DiagonalGaussianDistribution(torch.ones(1, 2, 1, 1)))
+            >>> posterior = DiagonalGaussianDistribution(torch.ones(1, 2, 1, 1))
+            >>> posterior.kl(posterior)
             tensor([0.])
         """
         if self.deterministic:

@@ -36,7 +36,7 @@ class AutoEncoder(LatentImageModel):
         return self.decode(self.encode(x))
 
     def loss(self, x: Tensor, *, seed: int | Tensor | None = None, row_offset: int = 0) -> dict[str, Tensor]:
-        """-log p(x | code) in nats per image, averaged over the batch: fp32 scalars ``loss`` and ``nll``, the same number.
+        """-log p(x | code) in nats per image, averaged over the batch: ``loss`` and ``nll``, the same fp32 scalar.
 
         Args:
             x: images, as for `VAE`.

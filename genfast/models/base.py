@@ -1,8 +1,9 @@
-"""What every model shares: compiling, saving and loading (`Model`), and images in and out of a latent code (`LatentImageModel`)."""
+"""What models share: compiling, saving and loading (`Model`), and images to a code and back (`LatentImageModel`)."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import json
 import math
@@ -28,15 +29,17 @@ __all__ = ["LatentImageModel", "Model", "read_config"]
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+# Else all models of a process share one limit of eight graphs, and a sweep over sizes fails at its ninth.
+_ISOLATED = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
 _DEFAULT_WIDTHS = {"mlp": (400,), "conv": (32, 64)}
 
 
 class Model(nn.Module, PyTorchModelHubMixin, library_name="genfast"):
-    """An `nn.Module` with a `loss`, whose `compile` covers that loss, and that saves to a folder or to the Hugging Face Hub.
+    """An `nn.Module` with a `loss`, whose `compile` covers that loss, and that saves to a folder or to the Hub.
 
     A subclass defines ``forward`` as its family's scripts expect it, and ``loss(x, *, seed=None, row_offset=0, ...)``,
-    which returns a dict of scalars whose entry ``"loss"`` is the batch mean to minimise. Its constructor takes what JSON
-    can hold; modules passed to it are named in ``own_networks`` and passed again to `from_pretrained`.
+    which returns a dict of scalars whose entry ``"loss"`` is the batch mean to minimise. Its constructor takes what
+    JSON can hold; modules passed to it are named in ``own_networks`` and passed again to `from_pretrained`.
 
     Example:
         >>> from genfast.models import VAE
@@ -51,7 +54,7 @@ class Model(nn.Module, PyTorchModelHubMixin, library_name="genfast"):
         raise NotImplementedError(f"{type(self).__name__} defines no loss")
 
     def compile(self, **kwargs: Any) -> None:
-        """Compile ``forward`` and ``loss`` in place, one full graph each (`nn.Module.compile` covers the forward alone).
+        """Compile ``forward`` and ``loss`` in place, one full graph each (`nn.Module.compile` compiles forward alone).
 
         The keys of the state_dict stay as they are. A copy or a pickle of a compiled model carries the options, not the
         compiled code: it compiles for itself at its first call, and trains its own weights.
@@ -66,9 +69,18 @@ class Model(nn.Module, PyTorchModelHubMixin, library_name="genfast"):
             >>> sorted(model.loss(torch.rand(2, 1, 28, 28)))
             ['kl', 'loss', 'nll']
         """
-        self._compile_options = {"fullgraph": True, **kwargs}
-        super().compile(**self._compile_options)
-        self.loss = torch.compile(type(self).loss.__get__(self), **self._compile_options)
+        self._compile_options = kwargs
+        options = {"fullgraph": True, **_ISOLATED, **kwargs}
+        super().compile(**options)
+        uncompiled = type(self).loss.__get__(self)
+        compiled = torch.compile(uncompiled, **options)
+
+        @functools.wraps(uncompiled)
+        def loss(x: Tensor, *, seed: int | Tensor | None = None, **rest: Any) -> dict[str, Tensor]:
+            # An int would be a constant of the graph: compiled anew for every seed.
+            return compiled(x, seed=seed if seed is None else as_seed(seed, x.device), **rest)
+
+        self.loss = loss
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
@@ -170,8 +182,8 @@ class Model(nn.Module, PyTorchModelHubMixin, library_name="genfast"):
             arguments: constructor arguments that replace the saved ones; own networks must be passed here.
 
         Raises:
-            FileNotFoundError: the folder, the repository or one of the two files is missing, or there are only pickles.
-            ValueError: a file is damaged, belongs to another model, or does not fit the model that its config describes.
+            FileNotFoundError: the folder, the repository or a file is missing, or there are only pickles.
+            ValueError: a file is damaged, belongs to another model, or does not fit the model of its config.
 
         Example:
             >>> import tempfile
@@ -245,11 +257,13 @@ def _fetch(source: str | Path, name: str, **hub: Any) -> Path:
         raise FileNotFoundError(f"{folder / name}: no such file{hint}")
     if folder.exists():
         raise FileNotFoundError(f"{folder}: expected a folder with {CONFIG_NAME} and {WEIGHTS_NAME}, got a file")
+    if folder.parent != Path() and folder.parent.exists():
+        raise FileNotFoundError(f"{folder}: no such folder")
     try:
         return Path(hf_hub_download(str(source), name, **hub))
     except (OSError, HFValidationError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(f"{source}: no such folder, and no {name} from the Hugging Face Hub ({reason})") from error
+        raise FileNotFoundError(f"{source}: no such folder, nor {name} on the Hugging Face Hub ({reason})") from error
 
 
 def _read_weights(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -283,10 +297,10 @@ def _write(path: Path, data: bytes) -> None:
 class LatentImageModel(Model):
     """Images in [0, 1] to a latent code and back: what the autoencoder and the VAE have in common.
 
-    Networks come from a preset or from the user. The preset ``"mlp"`` registers its layers on the model itself, named as
-    in the tutorials: ``fc1`` (further hidden layers ``fc1_2``, ...), the heads that give the code, ``fc3`` (``fc3_2``,
-    ...) and ``fc4``; it decodes to flat images [B, C * H * W]. The preset ``"conv"`` and own networks are ``encoder`` and
-    ``decoder``, and decode to [B, C, H, W].
+    Networks come from a preset or from the user. The preset ``"mlp"`` registers its layers on the model itself, named
+    as in the tutorials: ``fc1`` (further hidden layers ``fc1_2``, ...), the heads that give the code, ``fc3``
+    (``fc3_2``, ...) and ``fc4``; it decodes to flat images [B, C * H * W]. The preset ``"conv"`` and own networks are
+    ``encoder`` and ``decoder``, and decode to [B, C, H, W].
     """
 
     _heads: ClassVar[tuple[str, ...]]
@@ -304,8 +318,8 @@ class LatentImageModel(Model):
         fused: bool = True,
     ) -> None:
         super().__init__()
-        _check_choice("preset", preset, tuple(_DEFAULT_WIDTHS))
-        _check_choice("likelihood", likelihood, ("bernoulli", "gaussian"))
+        check_choice("preset", preset, tuple(_DEFAULT_WIDTHS))
+        check_choice("likelihood", likelihood, ("bernoulli", "gaussian"))
         widths = _DEFAULT_WIDTHS[preset] if hidden_dims is None else hidden_dims
         _check_sizes("latent_dim", [latent_dim])
         _check_sizes("hidden_dims", widths)
@@ -345,7 +359,8 @@ class LatentImageModel(Model):
 
         Example:
             >>> from genfast.models import VAE
-            >>> VAE(encoder=nn.Conv2d(3, 8, 4, stride=4), decoder=nn.Conv2d(4, 3, 1), image_shape=(3, 32, 32)).latent_shape
+            >>> encoder, decoder = nn.Conv2d(3, 8, 4, stride=4), nn.ConvTranspose2d(4, 3, 4, stride=4)
+            >>> VAE(encoder=encoder, decoder=decoder, image_shape=(3, 32, 32)).latent_shape
             (4, 8, 8)
         """
         if self._latent_shape is None:
@@ -363,8 +378,8 @@ class LatentImageModel(Model):
             z: codes [B, latent_dim], or [B, *latent_shape] for own networks.
 
         Returns:
-            [B, C * H * W] for the preset ``"mlp"``, as in the tutorials, else [B, C, H, W]; in [0, 1], except for an own
-            decoder with a Gaussian likelihood, whose output is the mean as it is.
+            [B, C * H * W] for the preset ``"mlp"``, as in the tutorials, else [B, C, H, W]; in [0, 1], except for an
+            own decoder with a Gaussian likelihood, whose output is the mean as it is.
 
         Raises:
             ValueError: the codes, or what an own decoder makes of them, have another shape.
@@ -406,7 +421,7 @@ class LatentImageModel(Model):
             >>> whole.shape, torch.allclose(whole[5:], piece, atol=1e-6)
             (torch.Size([8, 1, 28, 28]), True)
         """
-        _check_choice("mode", mode, ("mean", "bernoulli"))
+        check_choice("mode", mode, ("mean", "bernoulli"))
         if mode == "bernoulli" and self.likelihood != "bernoulli":
             raise ValueError(f"mode: expected 'mean' for a {self.likelihood} likelihood, got 'bernoulli'")
         seed = as_seed(seed, self.device)
@@ -546,19 +561,24 @@ class LatentImageModel(Model):
         x = x.reshape(out.shape)
         if self.likelihood == "bernoulli" and self.fused:
             return bernoulli_nll(out, x, reduction=reduction)
-        target = x.float() / 255 if x.dtype == torch.uint8 else x.float()
+        target = x.float() / 255 if x.dtype == torch.uint8 else x
         if self.likelihood == "bernoulli":
-            nll = F.binary_cross_entropy_with_logits(out.float(), target, reduction="none")
+            nll = F.binary_cross_entropy_with_logits(wide(out), target.to(wide(out).dtype), reduction="none")
         else:
             learned = isinstance(self.log_sigma, Tensor)
             scale = torch.exp(-self.log_sigma) if learned else math.exp(-self.log_sigma)
-            error = (target - self._mean(out).float()) * scale
+            error = (target - wide(self._mean(out))) * scale
             nll = 0.5 * error.square() + self.log_sigma + 0.5 * math.log(2 * math.pi)
         nll = nll.flatten(1).sum(1)
         return nll.mean() if reduction == "mean" else nll
 
 
-def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+def wide(x: Tensor) -> Tensor:
+    """At least fp32: what sums over a sample are made of."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
 

@@ -13,7 +13,7 @@ __all__ = ["add_mlp", "conv_decoder", "conv_encoder", "run_mlp"]
 
 
 def add_mlp(owner: nn.Module, name: str, sizes: Sequence[int]) -> tuple[str, ...]:
-    """Register linear layers ``name``, ``name_2``, ``name_3``, ... on `owner` itself, so that its state_dict has flat keys.
+    """Register linear layers ``name``, ``name_2``, ``name_3``, ... on `owner` itself, so that its keys are flat.
 
     Args:
         owner: the module that holds the layers.
@@ -49,7 +49,7 @@ def run_mlp(owner: nn.Module, names: Sequence[str], h: Tensor) -> Tensor:
 
 
 def conv_encoder(image_shape: Sequence[int], widths: Sequence[int], out_features: int) -> nn.Sequential:
-    """Images [B, C, H, W] to [B, out_features]: one 3x3 convolution of stride 2 with SiLU for each width, then a linear layer.
+    """Images [B, C, H, W] to [B, out_features]: for each width a 3x3 convolution of stride 2 and SiLU, then linear.
 
     Example:
         >>> import torch
@@ -77,7 +77,8 @@ def conv_decoder(latent_dim: int, widths: Sequence[int], image_shape: Sequence[i
     sizes = _halved(image_shape[1:], len(widths))
     start = (widths[-1], *sizes[-1])
     layers: list[nn.Module] = [nn.Linear(latent_dim, math.prod(start)), nn.Unflatten(1, start)]
-    for (size_in, size_out), size in zip(pairwise((*reversed(widths), image_shape[0])), reversed(sizes[:-1]), strict=True):
+    channels = pairwise((*reversed(widths), image_shape[0]))
+    for (size_in, size_out), size in zip(channels, reversed(sizes[:-1]), strict=True):
         layers += [nn.SiLU(), nn.Upsample(size=size), nn.Conv2d(size_in, size_out, 3, padding=1)]
     return nn.Sequential(*layers)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from genfast.functional import reparameterize_kl, reparameterize_kl_packed
-from genfast.models.base import LatentImageModel, _check_choice
+from genfast.models.base import LatentImageModel, check_choice, wide
 from genfast.random import Stream, as_seed, normal
 
 __all__ = ["VAE"]
@@ -21,8 +21,8 @@ class VAE(LatentImageModel):
     """Variational autoencoder (Kingma and Welling, "Auto-encoding variational Bayes", ICLR 2014) with prior N(0, I).
 
     With no arguments it is the 784-400-20 MLP of the tutorials: ``forward(x) -> (recon, mu, logvar)``, ``encode``,
-    ``reparameterize``, ``decode``, and the state_dict keys fc1, fc21, fc22, fc3, fc4, so that it replaces a script's own
-    class, with the script's own loss. `loss` is the fused path.
+    ``reparameterize``, ``decode``, and the state_dict keys fc1, fc21, fc22, fc3, fc4, so that it replaces a script's
+    own class, with the script's own loss. `loss` is the fused path.
 
     Images go in as floats in [0, 1] (not checked: that would wait for the device) or uint8 (meaning x / 255), of shape
     [B, C, H, W], [B, C * H * W], or [B, H, W] where C is 1.
@@ -79,7 +79,7 @@ class VAE(LatentImageModel):
         return mu + torch.randn_like(mu) * torch.exp(0.5 * logvar)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Images to (recon, mu, logvar), with recon = decode(z) for one z drawn from q(z | x); see `decode` for its shape."""
+        """Images to (recon, mu, logvar), recon being `decode` of one z drawn from q(z | x)."""
         mu, logvar = self.encode(x)
         return self.decode(self.reparameterize(mu, logvar)), mu, logvar
 
@@ -97,8 +97,8 @@ class VAE(LatentImageModel):
         Args:
             x: images, see the class.
             beta: weight of the KL (Higgins et al., "beta-VAE", ICLR 2017).
-            free_bits: nats that each latent dimension may spend for free: its KL counts as at least this much (Kingma et
-                al., "Improving variational inference with inverse autoregressive flow", NeurIPS 2016, per sample).
+            free_bits: nats that each latent dimension of each sample may spend for free: its KL counts as at least
+                this much (Kingma et al., "Improving variational inference with inverse autoregressive flow", 2016).
             seed: None (drawn from torch's generator), an int, or an int64 tensor [1] on the model's device.
             row_offset: global index of the first row, for micro-batches, ranks and evaluation in pieces.
 
@@ -144,9 +144,9 @@ class VAE(LatentImageModel):
         """Estimate log p(x) of each image from k latent draws.
 
         ``"importance"`` draws from q(z | x): log (1/k) sum_j p(x | z_j) p(z_j) / q(z_j | x), a lower bound in
-        expectation that tightens with k (Burda, Grosse and Salakhutdinov, "Importance weighted autoencoders", ICLR 2016,
-        eq. 8). ``"prior"`` draws from p(z), plain Monte Carlo, and is hopeless but for tiny latents: it is there to
-        compare. Grey pixels under a Bernoulli have no likelihood: binarize them first.
+        expectation that tightens with k (Burda, Grosse and Salakhutdinov, "Importance weighted autoencoders", ICLR
+        2016, eq. 8). ``"prior"`` draws from p(z), plain Monte Carlo, and is hopeless but for tiny latents: it is there
+        to compare. Grey pixels under a Bernoulli have no likelihood: binarize them first.
 
         Args:
             x: images, see the class.
@@ -168,7 +168,7 @@ class VAE(LatentImageModel):
             >>> a.shape, torch.allclose(a, b)
             (torch.Size([3]), True)
         """
-        _check_choice("method", method, ("importance", "prior"))
+        check_choice("method", method, ("importance", "prior"))
         rows = max(1, _CHUNK_ELEMENTS // self._pixels) if chunk is None else chunk
         for name, value in (("k", k), ("chunk", rows)):
             if value < 1:
@@ -183,7 +183,7 @@ class VAE(LatentImageModel):
         batch, dim = x.shape[0], math.prod(self.latent_shape)
         if method == "importance":
             stream = Stream.LATENT
-            mu, logvar = (part.float().reshape(batch, 1, dim) for part in self._code(x))
+            mu, logvar = (wide(part).reshape(batch, 1, dim) for part in self._code(x))
         else:
             stream = Stream.PRIOR
             mu = logvar = torch.zeros(batch, 1, dim, device=x.device)
@@ -216,7 +216,8 @@ class VAE(LatentImageModel):
         else:
             eps = normal(as_seed(seed, mu.device), mu.shape[0], mu[:1].numel(), Stream.LATENT, row_offset)
             eps = eps.reshape(mu.shape).to(mu.dtype)
-        kl = -0.5 * (1 + logvar - mu.square() - logvar.exp())
+        z = mu + eps * torch.exp(0.5 * logvar)
+        kl = -0.5 * (1 + wide(logvar) - wide(mu).square() - wide(logvar).exp())
         if free_bits > 0:
             kl = kl.clamp(min=free_bits)
-        return mu + eps * torch.exp(0.5 * logvar), kl.flatten(1).sum(1)
+        return z, kl.flatten(1).sum(1)

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from itertools import chain
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,6 @@ def fit(
     test_data: Any = None,
     optimizer: torch.optim.Optimizer | None = None,
     lr: float = 1e-3,
-    schedule: Literal["constant", "cosine"] = "constant",
     loss_options: Mapping[str, Any] | None = None,
     grad_clip: float | None = None,
     amp_dtype: torch.dtype | None = None,
@@ -55,8 +54,6 @@ def fit(
         test_data: like `data`; evaluated after every epoch, with the same noise each time.
         optimizer: Adam over all parameters if None.
         lr: learning rate of that Adam.
-        schedule: "constant", or "cosine", from the initial learning rate to zero over all steps (not for data of
-            unknown length).
         loss_options: passed to ``model.loss`` in training, such as ``{"beta": 4.0}``; not in the evaluation.
         grad_clip, amp_dtype, compile: as for `genfast.training.TrainStep`.
         device: where to train; where the model is if None.
@@ -83,8 +80,6 @@ def fit(
     """
     if epochs < 1:
         raise ValueError(f"epochs: expected a positive int, got {epochs}")
-    if schedule not in ("constant", "cosine"):
-        raise ValueError(f"schedule: expected 'constant' or 'cosine', got {schedule!r}")
     device = _device_of(model) if device is None else torch.device(device)
     model.to(device)
     batches = ImageBatches(data, batch_size, device, train=True)
@@ -97,11 +92,6 @@ def fit(
         if not lr > 0:
             raise ValueError(f"lr: expected a positive number, got {lr}")
         optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=device.type in ("cpu", "cuda"))
-    decay = None
-    if schedule == "cosine":
-        if steps_per_epoch is None:
-            raise ValueError("schedule: 'cosine' needs data of known length")
-        decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, epochs * steps_per_epoch))
     if seed is None:
         seed = int(random.new_seed("cpu"))
     step = TrainStep(
@@ -119,8 +109,6 @@ def fit(
             for batch in batches.epoch(seed, epoch):
                 steps += 1
                 values = step(batch, seed=random.derive_seed(seed, steps))
-                if decay is not None:
-                    decay.step()
                 means.add(values, len(batch))
                 shown.step(values, len(batch))
             row = {"epoch": epoch, **means.read()}

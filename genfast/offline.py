@@ -1,0 +1,187 @@
+"""What a kernel costs, read off machine code that is compiled without a GPU.
+
+`recorded` collects the launches that an op would make, `compile_launch` compiles one for a target, and `cost` counts
+the instructions on its fall-through path. Needs Triton, whose package carries the assembler and disassembler.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import io
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+# (backend, architecture, lanes of a warp)
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+_INSTRUCTION = re.compile(r"\s*/\*([0-9a-f]{4,5})\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\s*(.*?);")
+_POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.uint8: "*u8",
+    torch.int64: "*i64",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel with the arguments it would be started with."""
+
+    kernel: Any
+    args: tuple
+    constexprs: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Module and function, as in ``reparameterize_kl._forward``."""
+        return f"{self.kernel.__module__.rsplit('.', 1)[-1]}.{self.kernel.__name__}"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Per element of the tile: instructions executed by one lane. `widths` counts memory accesses by bits."""
+
+    instructions: float
+    registers: int
+    spills: int
+    widths: dict[int, int]
+
+
+def recorded(function: Callable[[], Any]) -> list[Launch]:
+    """The launches that a function of `genfast.kernels` would make; meta tensors will do as arguments."""
+    from genfast.kernels.launch import recording
+
+    with recording() as launches:
+        function()
+    return [Launch(*launch) for launch in launches]
+
+
+def _typed(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return _POINTERS[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def compile_launch(launch: Launch, target: str) -> tuple[Any, str]:
+    """Compile as the JIT would for these arguments; returns the compiled kernel and all that was printed."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from genfast.kernels.launch import OPTIONS
+
+    backend, architecture, lanes = TARGETS[target]
+    names = launch.kernel.arg_names
+    signature: dict[str, str] = {}
+    constants: dict[Any, Any] = {}
+    aligned: dict[Any, Any] = {}
+    for index, name in enumerate(names):
+        value = launch.args[index] if index < len(launch.args) else launch.constexprs.get(name, backend == "cuda")
+        # The JIT makes a constant of an integer 1, and knows which integers are multiples of 16.
+        if index >= len(launch.args) or (isinstance(value, int) and value == 1):
+            signature[name], constants[(index,)] = "constexpr", value
+            continue
+        signature[name] = _typed(value)
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            aligned[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=aligned)
+    printed = io.StringIO()
+    with contextlib.redirect_stderr(printed), _stderr_of_libraries(printed):
+        compiled = triton.compile(source, target=GPUTarget(backend, architecture, lanes), options=OPTIONS)
+    return compiled, printed.getvalue()
+
+
+@contextlib.contextmanager
+def _stderr_of_libraries(sink: io.StringIO):
+    """Also catch what the C++ side of the compiler writes to file descriptor 2."""
+    with tempfile.TemporaryFile(mode="w+") as file:
+        saved = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+            file.seek(0)
+            sink.write(file.read())
+
+
+def _cuobjdump(compiled: Any, flag: str) -> str:
+    import triton
+
+    tool = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        run = subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True)
+    return run.stdout + run.stderr
+
+
+def _executed(sass: str) -> list[str]:
+    """Opcodes on the fall-through path: slow paths, which branch away or hide in BSSY regions, are left out."""
+    code = [(int(m[1], 16), m[2], m[3], m[4]) for m in map(_INSTRUCTION.match, sass.splitlines()) if m]
+    at = {address: index for index, (address, *_) in enumerate(code)}
+    index, depth, path = 0, 0, []
+    while index < len(code):
+        address, predicate, opcode, operands = code[index]
+        base = opcode.split(".")[0]
+        if opcode != "NOP":
+            path.append(opcode)
+        depth += (base == "BSSY") - (base == "BSYNC")
+        if base in ("EXIT", "BRA") and not predicate:
+            break
+        if base == "BRA" and depth > 0:
+            goal = int(re.search(r"0x([0-9a-f]+)", operands)[1], 16)
+            if goal > address:
+                index = at[goal]
+                continue
+        index += 1
+    return path
+
+
+def _bits(opcode: str) -> int:
+    for part in opcode.split("."):
+        if part in ("64", "128", "256"):
+            return int(part)
+        if part in ("U8", "S8"):
+            return 8
+        if part in ("U16", "S16"):
+            return 16
+    return 32
+
+
+def cost(launch: Launch, target: str = "sm_90") -> Cost:
+    """Count a launch on a CUDA target.
+
+    Raises:
+        RuntimeError: the compiler printed something.
+    """
+    from genfast.kernels.launch import WARPS
+
+    compiled, printed = compile_launch(launch, target)
+    if printed:
+        raise RuntimeError(f"{launch.name} on {target}: the compiler printed: {printed}")
+    path = _executed(_cuobjdump(compiled, "-sass"))
+    accesses = [opcode for opcode in path if opcode.startswith(("LDG", "STG"))]
+    elements = launch.constexprs.get("R", 1) * launch.constexprs["C"]
+    return Cost(
+        instructions=len(path) * 32 * WARPS / elements,
+        registers=int(re.search(r"REG:(\d+)", _cuobjdump(compiled, "-res-usage"))[1]),
+        spills=sum(opcode.startswith(("LDL", "STL")) for opcode in path),
+        widths=dict(sorted(collections.Counter(map(_bits, accesses)).items())),
+    )
