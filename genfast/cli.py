@@ -120,11 +120,7 @@ def train(
     run = _RunFolder(folder, settings)
     run.write_settings("running")
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(
-        f"{family}: {parameters:,} parameters on {where}; {splits.name}: {len(train_data):,} + {len(test_data):,} "
-        f"images; {folder}",
-        flush=True,
-    )
+    images = f"{len(train_data):,} + {len(test_data):,} images"
 
     history: list[dict[str, float]] = []
 
@@ -134,6 +130,7 @@ def train(
 
     status = "finished"
     try:
+        print(f"{family}: {parameters:,} parameters on {where}; {splits.name}: {images}; {folder}", flush=True)
         training.fit(
             model, train_data, test_data=test_data, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed,
             loss_options=loss_options, compile=compile, on_epoch=keep,

@@ -15,7 +15,6 @@ __all__ = ["replacing", "save_curves", "save_grid", "save_pairs"]
 
 _GAP = 2
 _TILE = 56
-_NAMES = {"loss": "loss", "nll": "reconstruction", "kl": "KL"}
 
 
 @contextmanager
@@ -80,7 +79,19 @@ def save_grid(images: Tensor, path: str | os.PathLike[str], columns: int | None 
 
 
 def save_pairs(originals: Tensor, reconstructions: Tensor, path: str | os.PathLike[str], columns: int = 12) -> None:
-    """Write images in rows, each row of originals above the row of their reconstructions; as for `save_grid`."""
+    """Write rows of originals, each above the row of their reconstructions; a last, shorter row is left out.
+
+    Args:
+        originals, reconstructions: of one shape, as for `save_grid`.
+        path: of the PNG.
+        columns: images per row; fewer if there are fewer.
+
+    Example:
+        >>> import tempfile
+        >>> x = torch.rand(4, 1, 8, 8)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_pairs(x, x.round(), f"{folder}/pairs.png")
+    """
     whole = len(originals) - len(originals) % columns or len(originals)
     columns = min(columns, whole)
     upper, lower = (_as_uint8(images[:whole]).split(columns) for images in (originals, reconstructions))
@@ -94,7 +105,7 @@ def _as_uint8(images: Tensor) -> Tensor:
 
 
 def save_curves(history: Sequence[dict[str, float]], path: str | os.PathLike[str], title: str = "") -> None:
-    """Plot loss, reconstruction term and KL over the epochs, train and test, as far as `history` holds them.
+    """Plot the negative ELBO and its two terms over the epochs, or the loss of models without a KL; train and test.
 
     Args:
         history: as `genfast.fit` returns it.
@@ -103,6 +114,11 @@ def save_curves(history: Sequence[dict[str, float]], path: str | os.PathLike[str
 
     Raises:
         ValueError: `history` is empty.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_curves([{"epoch": 1, "loss": 9.0}, {"epoch": 2, "loss": 7.0}], f"{folder}/curves.png")
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -110,18 +126,18 @@ def save_curves(history: Sequence[dict[str, float]], path: str | os.PathLike[str
 
     if not history:
         raise ValueError("history: expected at least one epoch, got none")
-    names = [name for name in _NAMES if name in history[0]]
-    if "kl" not in names:
-        # An autoencoder's loss is its reconstruction term.
-        names = names[:1]
-    figure = Figure(figsize=(4.2 * len(names), 3.4), layout="constrained")
+    panels = {"loss": ("loss",)}
+    if "kl" in history[0]:
+        # The sum, not the loss: beta and free bits are in the loss of training, and not in that of the test.
+        panels = {"negative ELBO": ("nll", "kl"), "reconstruction": ("nll",), "KL": ("kl",)}
+    figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
     FigureCanvasAgg(figure)
     epochs = [row["epoch"] for row in history]
-    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        for key, label in ((name, "train"), (f"test_{name}", "test")):
-            if key in history[0]:
-                axes.plot(epochs, [row[key] for row in history], marker=".", label=label)
-        axes.set(title=_NAMES[name], xlabel="epoch", ylabel="nats per image")
+    for axes, (name, parts) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for prefix, label in (("", "train"), ("test_", "test")):
+            if prefix + parts[0] in history[0]:
+                axes.plot(epochs, [sum(row[prefix + part] for part in parts) for row in history], ".-", label=label)
+        axes.set(title=name, xlabel="epoch", ylabel="nats per image")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend()

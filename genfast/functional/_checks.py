@@ -33,10 +33,9 @@ def same_shape(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
 
 def non_negative(name: str, value: float) -> None:
     """A finite number that is not below zero."""
-    if isinstance(value, float) and not math.isfinite(value):
+    # One chained comparison: it refuses NaN, and the compiler can guard it for a symbolic value.
+    if not 0 <= value < math.inf:
         raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
-    if value < 0:
-        raise ValueError(f"{name}: expected a number >= 0, got {value}")
 
 
 def interval(name: str, clamp: Sequence[float] | None) -> list[float] | None:

@@ -45,8 +45,9 @@ def _backward_with_grad(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple:
     stored = ctx.stored
     if is_traced(grad_loss):
         return (stored * grad_loss).to(stored.dtype), None, None
-    if stored is None:
-        # The buffer went out with the first backward and may by now be somebody's .grad: compute it afresh.
+    if stored is None or torch.is_grad_enabled():
+        # The buffer went out with the first backward and may by now be somebody's .grad: compute it afresh. The same
+        # where a graph of the gradient is wanted, so that it ends in an op which says that it has no derivative.
         logits, x = ctx.saved_tensors
         return _op_backward(logits, x, (grad_loss * ctx.scale).expand(logits.shape[0])), None, None
     ctx.stored = None

@@ -103,4 +103,4 @@ def reparameterize_kl(
     clamp = _checks.interval("clamp", clamp)
     seed, eps = resolve_noise(mu, seed, eps, row_offset)
     mu, logvar = _checks.promoted(mu, logvar)
-    return _op(mu, logvar, seed, eps, row_offset, float(free_bits), clamp)
+    return _op(mu, logvar, seed, eps, row_offset, free_bits, clamp)

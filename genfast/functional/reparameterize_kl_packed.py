@@ -68,4 +68,4 @@ def reparameterize_kl_packed(
     _checks.non_negative("free_bits", free_bits)
     clamp = _checks.interval("clamp", clamp)
     seed, eps = resolve_noise(h.narrow(1, 0, h.shape[1] // 2), seed, eps, row_offset)
-    return _op(h, seed, eps, row_offset, float(free_bits), clamp)
+    return _op(h, seed, eps, row_offset, free_bits, clamp)

@@ -76,7 +76,7 @@ def load(path: str | Path, *, device: torch.device | str = "cpu", **arguments: A
     """Load a saved model of any family: its ``config.json`` says which class it is.
 
     Args:
-        path: a folder that `save_pretrained` wrote, or a repository of the Hugging Face Hub.
+        path: a folder that `save_pretrained` wrote.
         device, arguments: as for `Model.from_pretrained`.
 
     Raises:
@@ -89,6 +89,8 @@ def load(path: str | Path, *, device: torch.device | str = "cpu", **arguments: A
         ...     type(load(folder)).__name__
         'AutoEncoder'
     """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path}: no such folder")
     config_path, config = read_config(path)
     classes = {family.model.__name__: family.model for family in FAMILIES.values()}
     if config["model_type"] not in classes:

@@ -20,9 +20,13 @@ def noise(like: Tensor, seed: Tensor | None, eps: Tensor | None, row_offset: int
 
 
 def clamped(logvar: Tensor, clamp: list[float] | None) -> Tensor:
-    """logvar in the dtype of the computation, within (lo, hi); a NaN stays one."""
+    """logvar in the dtype of the computation, within [lo, hi]; a NaN stays one."""
     logvar = logvar.to(compute_dtype(logvar))
-    return logvar if clamp is None else logvar.clamp(clamp[0], clamp[1])
+    if clamp is None:
+        return logvar
+    lo, hi = clamp
+    # Not torch.clamp: whether a value on the bound passes its gradient depends on torch's version.
+    return torch.where(logvar < lo, lo, torch.where(logvar > hi, hi, logvar))
 
 
 def kl_per_dimension(mu: Tensor, logvar: Tensor) -> Tensor:
@@ -40,7 +44,7 @@ def forward(
     z = wide + torch.exp(0.5 * logvar) * noise(mu, seed, eps, row_offset)
     kl = kl_per_dimension(wide, logvar)
     if free_bits > 0.0:
-        kl = kl.clamp_min(free_bits)
+        kl = torch.where(kl < free_bits, free_bits, kl)
     return z.to(mu.dtype), per_sample(kl).sum(1)
 
 

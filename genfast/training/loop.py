@@ -122,9 +122,10 @@ def fit(
                         f"epoch {epoch}: {name.replace('_', ' ')} is {row[name]}; a smaller learning rate may help"
                     )
             history.append(row)
-            shown.end_epoch(row)
+            # Before the row is shown, so that what a user has seen has been kept.
             if on_epoch is not None:
                 on_epoch(row)
+            shown.end_epoch(row)
     return history
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from vae_tutorial import blobs
 
 from genfast import AutoEncoder
+from tests.models.vae_tutorial import blobs
 
 
 @pytest.fixture

@@ -1,21 +1,29 @@
 """The VAE: a drop-in for the tutorials' class, whose numbers are checked against truth known by other means."""
 
 import math
-import statistics
 
 import pytest
 import torch
 from torch import nn
-from vae_tutorial import TutorialVAE, blobs, loss_function, train
 
 from genfast import VAE
 from genfast.functional import reparameterize_kl
 from genfast.random import Stream, normal
+from tests.models.vae_tutorial import TutorialVAE, blobs, loss_function, train
 
 
 @pytest.fixture
 def x():
     return blobs(8)
+
+
+@pytest.fixture
+def one_thread():
+    """For long runs of small steps: threads that wait for each other on a busy machine make them 60 times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def gradients(model, parts):
@@ -50,16 +58,18 @@ def test_is_the_tutorial_vae():
     ours.load_state_dict(theirs.state_dict())
 
 
-def test_unchanged_script_gives_the_same_losses():
+def test_unchanged_script_gives_the_same_losses(one_thread):
     data = blobs(640)
-    _, theirs = train(TutorialVAE, data, epochs=6)
-    _, ordinary = train(lambda: VAE(fused=False), data, epochs=6)
-    _, fused = train(VAE, data, epochs=6)
-    assert ordinary == theirs
-    assert theirs[-1] < 0.4 * theirs[0]
-    # Other noise, so the same losses within the noise: 40 seeds of the script differ by 0.3 % (standard deviation).
-    for part in (slice(0, 5), slice(20, 30), slice(50, 60)):
-        assert statistics.mean(fused[part]) == pytest.approx(statistics.mean(theirs[part]), rel=0.02)
+    runs = range(6)
+    theirs = torch.tensor([train(TutorialVAE, data, epochs=6, seed=run)[1] for run in runs])
+    fused = torch.tensor([train(VAE, data, epochs=6, seed=run)[1] for run in runs])
+    ordinary = torch.tensor(train(lambda: VAE(fused=False), data, epochs=6, seed=runs[0])[1])
+    assert torch.equal(ordinary, theirs[0])
+    assert (theirs[:, -1] < 0.45 * theirs[:, 0]).all()
+    # The noise is another, so the losses agree on average. Between two runs of one initialization the three stretches
+    # differ by 0.17 %, 0.44 % and 2.7 % (standard deviation of 24): the tolerances are four standard errors of 6.
+    for stretch, rtol in ((slice(0, 5), 0.003), (slice(20, 30), 0.0075), (slice(50, 60), 0.045)):
+        torch.testing.assert_close(fused[:, stretch].mean(), theirs[:, stretch].mean(), rtol=rtol, atol=0)
 
 
 def test_methods_of_the_script(x):
@@ -378,7 +388,7 @@ def test_constructor_refusals(options, message):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m, x: m.loss(x[..., 1:]), r"x: expected images of shape \[B, 1, 28, 28\] or \[B, 784\].*got \[8, 1, 28"),
+        (lambda m, x: m.loss(x[..., 1:]), r"x: expected images of shape \[B, 1, 28, 28\] or \[B, 784\].*got \[8,"),
         (lambda m, x: m.loss(x.expand(-1, 3, -1, -1)), r"x: expected images of shape .*, got \[8, 3, 28, 28\]"),
         (lambda m, x: m(x[0, 0, 0]), r"x: expected images of shape .*, got \[28\]"),
         (lambda m, x: m.loss(x.long()), "x: expected floats in .* or uint8, got torch.int64"),

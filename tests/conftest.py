@@ -1,0 +1,38 @@
+"""Fixtures of the whole suite: the device each op test runs on, and memory that is never silently zero."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.register_assert_rewrite("tests.matrix")
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _fresh_state():
+    """Each test starts from the same global seed and leaves no compiled code behind."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def poisoned():
+    """`torch.empty` returns NaN: an element that a kernel forgets shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A class with `cases` runs each of its tests that asks for a `case` once for each of them."""
+    if "case" in metafunc.fixturenames and metafunc.cls is not None:
+        metafunc.parametrize("case", metafunc.cls.cases, ids=lambda case: case.name)
+    if "base" in metafunc.fixturenames and metafunc.cls is not None:
+        metafunc.parametrize("base", metafunc.cls.cases[:1], ids=lambda case: case.name)

@@ -1,0 +1,304 @@
+"""Images from every source, and how they are held, shuffled, binarized and batched."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from genfast.training import DeviceDataset, load_dataset
+from genfast.training.data import ImageBatches
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_dataset("digits")
+
+
+def write_images(folder, count, size=(8, 6), mode="L", start=0):
+    """`count` PNGs of one grey value each: start, start + 1, ..."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(start, start + count):
+        Image.new("L", size, index).convert(mode).save(folder / f"{index:03}.png")
+
+
+def write_idx(path, array):
+    header = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
+    path.write_bytes(header + array.tobytes())
+
+
+def write_mnist_like(root, name, digits, count=20):
+    """The four files that torchvision reads for MNIST and its kin."""
+    raw = root / name / "raw"
+    raw.mkdir(parents=True)
+    for part, images in (("train", digits.train), ("t10k", digits.test)):
+        write_idx(raw / f"{part}-images-idx3-ubyte", images[:count, 0].numpy())
+        write_idx(raw / f"{part}-labels-idx1-ubyte", np.zeros(count, np.uint8))
+
+
+def test_digits_are_real_and_complete(digits):
+    assert digits.train.shape == (5000, 1, 28, 28)
+    assert digits.test.shape == (1000, 1, 28, 28)
+    assert digits.train.dtype == digits.test.dtype == torch.uint8
+    assert digits.train.amin() == 0
+    assert digits.train.amax() == 255
+    # MNIST's own mean is 0.1307.
+    assert abs(digits.train.double().mean() / 255 - 0.1307) < 0.002
+    assert len(digits.train.flatten(1).unique(dim=0)) == 5000
+
+
+def test_bundle_has_labels_and_licence():
+    from importlib.resources import files
+
+    folder = files("genfast") / "data"
+    with (folder / "digits.npz").open("rb") as file, np.load(file) as arrays:
+        assert np.bincount(arrays["y_train"]).tolist() == [500] * 10
+        assert np.bincount(arrays["y_test"]).tolist() == [100] * 10
+    assert "Creative Commons" in (folder / "LICENSE-MNIST.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"), [("mnist", "MNIST"), ("fashion-mnist", "FashionMNIST"), ("kmnist", "KMNIST")]
+)
+def test_named_sets_are_read_from_the_root(name, folder, digits, tmp_path, monkeypatch):
+    write_mnist_like(tmp_path, folder, digits)
+    splits = load_dataset(name, root=tmp_path)
+    assert splits.name == name
+    assert torch.equal(splits.train, digits.train[:20])
+    assert torch.equal(splits.test, digits.test[:20])
+    monkeypatch.setenv("GENFAST_DATA", str(tmp_path))
+    assert torch.equal(load_dataset(name).test, splits.test)
+
+
+def test_absent_set_that_cannot_be_downloaded(tmp_path, monkeypatch):
+    for variable in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        # Nothing listens there, so every download fails at once, with or without a network.
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")
+    for variable in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(OSError, match=r"data: mnist can be neither read from .* nor downloaded"):
+        load_dataset("mnist", root=tmp_path)
+
+
+def test_damaged_set_is_named(digits, tmp_path):
+    write_mnist_like(tmp_path, "MNIST", digits)
+    path = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(OSError, match="data: mnist can be neither read"):
+        load_dataset("mnist", root=tmp_path)
+
+
+def test_resizing_a_named_set(digits):
+    resized = load_dataset("digits", image_size=14)
+    assert resized.train.shape == (5000, 1, 14, 14)
+    assert resized.train.dtype == torch.uint8
+    # Halving by area keeps the mean; the border of black pixels keeps bilinear close to it.
+    assert abs(resized.test.double().mean() - digits.test.double().mean()) < 0.5
+
+
+def test_folder_holds_out_every_tenth(tmp_path):
+    write_images(tmp_path / "a", 15)
+    write_images(tmp_path / "b" / "deep", 10, start=15)
+    (tmp_path / "labels.csv").write_text("not an image")
+    (tmp_path / "a" / "._000.png").write_text("a Mac's shadow file")
+    splits = load_dataset(tmp_path)
+    assert splits.test[:, 0, 0, 0].tolist() == [9, 19]
+    assert splits.train[:, 0, 0, 0].tolist() == [i for i in range(25) if i not in (9, 19)]
+    assert splits.train.shape == (23, 1, 6, 8)
+    assert splits.name == tmp_path.name
+
+
+def test_folder_with_its_own_splits(tmp_path):
+    write_images(tmp_path / "train", 3)
+    write_images(tmp_path / "test", 2, start=100)
+    splits = load_dataset(str(tmp_path))
+    assert splits.train[:, 0, 0, 0].tolist() == [0, 1, 2]
+    assert splits.test[:, 0, 0, 0].tolist() == [100, 101]
+
+
+def test_one_colour_image_makes_all_colour(tmp_path):
+    write_images(tmp_path, 3)
+    Image.new("RGB", (8, 6), (10, 20, 30)).save(tmp_path / "003.png")
+    Image.new("P", (8, 6), 0).save(tmp_path / "004.png")
+    splits = load_dataset(tmp_path)
+    assert splits.train.shape == (4, 3, 6, 8)
+    assert splits.train[1, :, 0, 0].tolist() == [1, 1, 1]
+    assert splits.train[3, :, 0, 0].tolist() == [10, 20, 30]
+
+
+def test_image_size_scales_the_shorter_side_and_cuts_the_middle(tmp_path):
+    wide = np.zeros((10, 30), np.uint8)
+    wide[:, 10:20] = 200
+    for name in ("a.png", "b.png"):
+        Image.fromarray(wide).save(tmp_path / name)
+    splits = load_dataset(tmp_path, image_size=5)
+    assert splits.train.shape == (1, 1, 5, 5)
+    assert (splits.train[0, 0, :, 1:4] == 200).all()
+
+
+def test_orientation_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name in ("a.jpg", "b.jpg"):
+        Image.new("L", (8, 6)).save(tmp_path / name, exif=exif)
+    assert load_dataset(tmp_path).train.shape == (1, 1, 8, 6)
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", None], ids=["empty", "text", "truncated"])
+def test_unreadable_image_is_named(tmp_path, content):
+    write_images(tmp_path, 3)
+    path = tmp_path / "001.png"
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
+    if content is None:
+        Image.fromarray(noise).save(path)
+        content = path.read_bytes()[:2000]
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"data: cannot read the image .*001\.png"):
+        load_dataset(tmp_path)
+
+
+def test_sixteen_bit_image_is_refused(tmp_path):
+    for name in ("a.png", "b.png"):
+        Image.fromarray(np.full((4, 4), 40000, np.uint16)).save(tmp_path / name)
+    with pytest.raises(ValueError, match="more than 8 bits"):
+        load_dataset(tmp_path)
+
+
+def test_other_errors_of_load_dataset(tmp_path):
+    with pytest.raises(ValueError, match=r"data: expected one of digits, mnist, .* got 'nonesuch'"):
+        load_dataset("nonesuch")
+    with pytest.raises(ValueError, match="holds no images"):
+        load_dataset(tmp_path)
+    write_images(tmp_path, 1)
+    with pytest.raises(ValueError, match="a single image"):
+        load_dataset(tmp_path)
+    write_images(tmp_path, 1, size=(9, 6), start=1)
+    with pytest.raises(ValueError, match=r"001\.png is 6 x 9 and .*000\.png is 6 x 8 .*--image-size"):
+        load_dataset(tmp_path)
+    with pytest.raises(ValueError, match="image_size: expected a positive int, got 0"):
+        load_dataset("digits", image_size=0)
+
+
+@given(count=st.integers(1, 300), seed=st.integers(-(2**63), 2**63 - 1), epoch=st.integers(0, 2**24 - 1))
+def test_permutation_covers_every_row_once(count, seed, epoch):
+    data = DeviceDataset(torch.zeros(count, 1, 1, dtype=torch.uint8))
+    assert torch.equal(data.permutation(seed, epoch).sort().values, torch.arange(count))
+
+
+def test_permutation_depends_on_seed_and_epoch():
+    data = DeviceDataset(torch.zeros(100, 1, 1, dtype=torch.uint8))
+    assert torch.equal(data.permutation(5, 1), data.permutation(5, 1))
+    different = [(5, 1), (5, 2), (6, 1), (5 + 2**32, 1)]
+    assert len({tuple(data.permutation(*key).tolist()) for key in different}) == len(different)
+
+
+def test_permutations_are_uniform():
+    data = DeviceDataset(torch.zeros(3, 1, 1, dtype=torch.uint8))
+    orders = [tuple(data.permutation(0, epoch).tolist()) for epoch in range(3000)]
+    counts = np.array([orders.count(order) for order in set(orders)])
+    assert len(counts) == 6
+    # Chi-square with 5 degrees of freedom, at 1e-4.
+    assert ((counts - 500) ** 2 / 500).sum() < 25.7
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64, 1000])
+def test_batches_hold_each_image_once_in_an_order_of_their_own(batch_size):
+    images = torch.arange(200, dtype=torch.uint8).view(-1, 1, 1, 1)
+    batches = list(DeviceDataset(images).batches(batch_size, seed=3, epoch=2))
+    rows = torch.cat([rows for _, rows in batches])
+    assert torch.equal(rows, DeviceDataset(images).permutation(3, 2))
+    assert torch.equal(torch.cat([batch for batch, _ in batches]), images[rows])
+    assert all(len(batch) == batch_size for batch, _ in batches[:-1])
+
+
+def test_batches_without_shuffle_and_without_the_last():
+    images = torch.arange(10, dtype=torch.uint8).view(-1, 1, 1)
+    batches = [batch.flatten().tolist() for batch, _ in DeviceDataset(images).batches(4, seed=0, shuffle=False)]
+    assert batches == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert [len(batch) for batch, _ in DeviceDataset(images).batches(4, seed=0, drop_last=True)] == [4, 4]
+
+
+def test_threshold():
+    data = DeviceDataset(torch.tensor([[[0, 127, 128, 255]]], dtype=torch.uint8), binarize="threshold")
+    assert next(data.batches(1, seed=0))[0].flatten().tolist() == [0, 0, 255, 255]
+
+
+def dynamic(images, batch_size, seed=0, epoch=1):
+    data = DeviceDataset(images, binarize="dynamic")
+    return torch.cat([batch for batch, _ in data.batches(batch_size, seed=seed, epoch=epoch)])
+
+
+def test_dynamic_binarization_does_not_depend_on_the_batch_size(digits):
+    images = digits.test[:100]
+    whole = dynamic(images, 100)
+    assert whole.unique().tolist() == [0, 255]
+    for batch_size in (1, 7, 64):
+        assert torch.equal(dynamic(images, batch_size), whole)
+
+
+def test_dynamic_binarization_is_drawn_anew():
+    grey = torch.full((50, 1, 4, 4), 128, dtype=torch.uint8)
+    draws = [dynamic(grey, 50, seed, epoch) for seed, epoch in ((0, 1), (0, 2), (1, 1))]
+    assert not torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+
+
+def test_dynamic_binarization_has_the_right_probabilities():
+    levels = torch.tensor([0, 1, 64, 128, 254, 255], dtype=torch.uint8)
+    shares = dynamic(levels.view(1, 1, 6).repeat(20000, 1, 1), 4096).double().div(255).mean((0, 1, 2))
+    p = levels.double() / 255
+    assert ((shares - p).abs() <= 5 * (p * (1 - p) / 20000).sqrt()).all()
+
+
+def test_device_dataset_says_what_it_expected():
+    with pytest.raises(TypeError, match=r"images: expected a uint8 tensor .*got torch\.float32"):
+        DeviceDataset(torch.zeros(1, 1, 2, 2))
+    with pytest.raises(ValueError, match=r"images: expected at least one, .*\[0, 1, 2, 2\]"):
+        DeviceDataset(torch.zeros(0, 1, 2, 2, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"\[2, 2\]"):
+        DeviceDataset(torch.zeros(2, 2, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="binarize: expected one of none, threshold, dynamic, got 'yes'"):
+        DeviceDataset(torch.zeros(1, 2, 2, dtype=torch.uint8), binarize="yes")
+    with pytest.raises(ValueError, match="batch_size: expected a positive int, got 0"):
+        next(DeviceDataset(torch.zeros(1, 2, 2, dtype=torch.uint8)).batches(0, seed=0))
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(torch.arange(10.0).view(-1, 1))
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_every_kind_of_data_gives_every_image(train):
+    values = torch.arange(10, dtype=torch.uint8)
+    images, labels = values.view(-1, 1, 1, 1), torch.zeros(10)
+    dataset = TensorDataset(images, labels)
+    for data in (images, DeviceDataset(images), dataset, DataLoader(dataset, 5, shuffle=train), Stream()):
+        batches = [batch.flatten().tolist() for batch in ImageBatches(data, 5, CPU, train).epoch(seed=0, epoch=1)]
+        assert [len(batch) for batch in batches] == [5, 5]
+        order = [value for batch in batches for value in batch]
+        assert sorted(order) == list(range(10))
+        assert (order == list(range(10))) is (not train or isinstance(data, Stream))
+
+
+def test_a_smaller_last_batch_counts_in_tests_and_not_in_training():
+    images = torch.arange(10, dtype=torch.uint8).view(-1, 1, 1)
+    for data in (images, TensorDataset(images)):
+        for train, sizes in ((True, [4, 4]), (False, [4, 4, 2])):
+            batches = ImageBatches(data, 4, CPU, train)
+            assert [len(batch) for batch in batches.epoch(seed=0, epoch=1)] == sizes
+            assert len(batches) == len(sizes)
+        assert [len(batch) for batch in ImageBatches(data, 64, CPU, train=True).epoch(seed=0, epoch=1)] == [10]
+
+
+def test_image_batches_say_what_they_expected():
+    with pytest.raises(TypeError, match=r"data: expected a uint8 image tensor, .*got list"):
+        ImageBatches([1, 2], 4, CPU, train=True)
+    with pytest.raises(ValueError, match="data: the Dataset is empty"):
+        ImageBatches(TensorDataset(torch.zeros(0, 1)), 4, CPU, train=True)
+    with pytest.raises(TypeError, match=r"data: expected batches that are an image tensor .*got dict"):
+        next(ImageBatches(DataLoader([{"x": 1}]), 4, CPU, train=True).epoch(seed=0, epoch=1))
