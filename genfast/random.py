@@ -246,14 +246,15 @@ def normal(
         >>> torch.equal(whole[2:, 3:], normal(7, 2, 3, Stream.LATENT, row_offset=2, col_offset=3))
         True
     """
+    stream = int(stream)
     _check_block(rows, cols, stream, row_offset, salt, col_offset)
     seed = as_seed(seed)
     if _is_plain(seed) and seed.is_cuda and _triton_available():
         from genfast.kernels import philox
 
-        return philox.fill_normal(seed, rows, cols, int(stream), row_offset, salt, col_offset)
+        return philox.fill_normal(seed, rows, cols, stream, row_offset, salt, col_offset)
     first, skip = divmod(col_offset, 4)
-    words = _bits(seed, rows, first, -(-(skip + cols) // 4), int(stream), row_offset, salt)
+    words = _bits(seed, rows, first, -(-(skip + cols) // 4), stream, row_offset, salt)
     pairs = (*box_muller(words[0], words[1]), *box_muller(words[2], words[3]))
     return _lanes(pairs, skip, cols)
 
@@ -276,14 +277,15 @@ def uniform(
         >>> bool(((u > 0) & (u < 1)).all())
         True
     """
+    stream = int(stream)
     _check_block(rows, cols, stream, row_offset, salt, col_offset)
     seed = as_seed(seed)
     if _is_plain(seed) and seed.is_cuda and _triton_available():
         from genfast.kernels import philox
 
-        return philox.fill_uniform(seed, rows, cols, int(stream), row_offset, salt, col_offset)
+        return philox.fill_uniform(seed, rows, cols, stream, row_offset, salt, col_offset)
     first, skip = divmod(col_offset, 4)
-    words = _bits(seed, rows, first, -(-(skip + cols) // 4), int(stream), row_offset, salt)
+    words = _bits(seed, rows, first, -(-(skip + cols) // 4), stream, row_offset, salt)
     return (_lanes(words, skip, cols) >> 9).to(torch.float32) * 2.0**-23 + 2.0**-24
 
 

@@ -1,0 +1,54 @@
+"""Philox in Triton against PyTorch: integers exactly, whatever the block."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from genfast import random
+from genfast.cases import TOLERANCES
+from genfast.functional._register import INTERPRETED
+
+DEVICE = "cpu" if INTERPRETED else "cuda"
+pytestmark = pytest.mark.skipif(
+    not (INTERPRETED or torch.cuda.is_available()),
+    reason="kernels run on a GPU, or under TRITON_INTERPRET=1 (see test_interpreted.py)",
+)
+
+BLOCKS = [
+    (5, 20, 2**33, 999, 0), (3, 1, 0, 0, 0), (2, 5000, 5, 2**24 - 1, 7), (130, 2, 2**32 - 3, 1, 2), (3, 7, 1, 0, 3),
+]  # fmt: skip
+
+
+def _torch_words(seed, rows, cols, stream, row_offset, salt, col_offset):
+    first, skip = divmod(col_offset, 4)
+    words = random._bits(seed, rows, first, -(-(skip + cols) // 4), stream, row_offset, salt)
+    return random._lanes(words, skip, cols)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+@pytest.mark.parametrize("block_cols", [None, 16, 256])
+def test_same_noise_as_torch(block, block_cols):
+    from genfast.kernels import philox
+
+    rows, cols, row_offset, salt, col_offset = block
+    seed = torch.tensor([-7234567890123456789])
+    arguments = (rows, cols, 2, row_offset, salt, col_offset)
+    here = seed.to(DEVICE)
+    assert torch.equal(philox.fill_bits(here, *arguments, block_cols).cpu(), _torch_words(seed, *arguments))
+    assert torch.equal(philox.fill_uniform(here, *arguments, block_cols).cpu(), random.uniform(seed, *arguments))
+    tolerance = TOLERANCES["interpreted" if INTERPRETED else "triton"][torch.float32]
+    assert tolerance.excess(philox.fill_normal(here, *arguments, block_cols).cpu(), random.normal(seed, *arguments)) <= 1
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_tiles_of_16_bit_data_hold_the_same_noise(half):
+    """Two Philox groups a thread or one: the order of the elements is the same."""
+    from genfast.functional import reparameterize_kl
+
+    dtype = torch.bfloat16 if half else torch.float32
+    zeros = torch.zeros(3, 4100, device=DEVICE, dtype=dtype)
+    z, _ = reparameterize_kl(zeros, zeros, seed=9)
+    want = random.normal(9, 3, 4100, random.Stream.LATENT)
+    tolerance = TOLERANCES["interpreted" if INTERPRETED else "triton"][dtype]
+    assert tolerance.excess(z.cpu(), want) <= 1
