@@ -39,9 +39,10 @@ class Tolerance:
         return torch.where(same, 0.0, torch.where(ratio.isfinite(), ratio, torch.inf)).max().item()
 
 
-# Rows: the path an op took. Sums are per-sample results in nats, always fp32. Elements are results of the input's dtype:
-# half a unit in the last place of 16 bits (a whole one where the interpreter truncates bf16), and an absolute part for
-# noise made with the sine and cosine of the hardware.
+# Rows: the path an op took. Sums are per-sample results in nats, always fp32. Elements have the input's dtype: half a
+# unit in the last place of 16 bits (a whole one where the interpreter truncates bf16). Their absolute part is the error
+# of one normal (none, 5e-7 interpreted, 4e-6 with the sine and cosine of the hardware) times 10: the standard deviations
+# and incoming gradients of the inputs below multiply it by at most that.
 _SUMS = Tolerance(1e-6)
 TOLERANCES = {
     "reference": {
@@ -52,15 +53,15 @@ TOLERANCES = {
     },
     "interpreted": {
         "sums": _SUMS,
-        torch.float32: Tolerance(1e-6, 2e-6),
-        torch.bfloat16: Tolerance(2**-7, 2e-6),
-        torch.float16: Tolerance(2**-11, 2e-6),
+        torch.float32: Tolerance(1e-6, 5e-6),
+        torch.bfloat16: Tolerance(2**-7, 5e-6),
+        torch.float16: Tolerance(2**-11, 5e-6),
     },
     "triton": {
         "sums": _SUMS,
-        torch.float32: Tolerance(2e-6, 2e-5),
-        torch.bfloat16: Tolerance(2**-8, 2e-5),
-        torch.float16: Tolerance(2**-11, 2e-5),
+        torch.float32: Tolerance(2e-6, 4e-5),
+        torch.bfloat16: Tolerance(2**-8, 4e-5),
+        torch.float16: Tolerance(2**-11, 4e-5),
     },
 }
 

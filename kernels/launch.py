@@ -95,7 +95,11 @@ class Tiling:
         """An output of `like`'s dtype in the layout that this tiling writes best: contiguous or channels_last."""
         if self.channels == 1:
             return torch.empty(shape, dtype=like.dtype, device=like.device)
-        return torch.empty(shape[0], *shape[2:], shape[1], dtype=like.dtype, device=like.device).movedim(-1, 1)
+        strides, step = [1] * len(shape), shape[1]
+        for dim in range(len(shape) - 1, 1, -1):
+            strides[dim], step = step, step * shape[dim]
+        strides[0] = step
+        return torch.empty_strided(shape, strides, dtype=like.dtype, device=like.device)
 
     def constexprs(self) -> dict[str, int]:
         return {"CHANNELS": self.channels, "VEC": self.vec, "R": self.block_rows, "C": self.block_cols}

@@ -43,6 +43,18 @@ def test_an_int_seed_and_a_tensor_seed_are_the_same(model, images):
     assert torch.equal(first["loss"], second["loss"])
 
 
+def test_any_module_with_a_loss_gets_its_seed_as_a_tensor():
+    class Shift(torch.nn.Linear):
+        def loss(self, x, *, seed, row_offset, scale):
+            assert seed.dtype == torch.int64
+            assert seed.tolist() == [7]
+            return {"loss": scale * self(x).square().mean(), "rows": torch.tensor(row_offset)}
+
+    shift = Shift(2, 2)
+    step = TrainStep(shift, torch.optim.SGD(shift.parameters(), lr=0.1), loss_options={"scale": 2.0})
+    assert set(step(torch.ones(4, 2), seed=7)) == {"loss", "rows"}
+
+
 def test_without_a_seed_torch_decides(model, images):
     step = TrainStep(model, torch.optim.SGD(model.parameters(), lr=0.0))
     torch.manual_seed(1)
