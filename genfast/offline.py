@@ -69,6 +69,56 @@ def recorded(function: Callable[[], Any]) -> list[Launch]:
     return [Launch(*launch) for launch in launches]
 
 
+def every_launch(dtype: torch.dtype, shape: tuple[int, ...] = (8192, 4096)) -> dict[str, tuple[Launch, int]]:
+    """Every kernel of the library as it is launched for tensors of `shape` and `dtype`.
+
+    Returns:
+        For each name the launch, and how many of its memory accesses are single numbers rather than parts of the tile
+        (the seed, a row's sum, a row's incoming gradient).
+    """
+    from genfast.kernels import bernoulli_nll, kl_normal, philox, reparameterize_kl, reparameterize_kl_packed
+
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    h = torch.empty(shape[0], 2 * shape[1], *shape[2:], dtype=dtype, device="meta")
+    pixels = torch.empty(shape, dtype=torch.uint8, device="meta")
+    seed = torch.empty(1, dtype=torch.int64, device="meta")
+    rows = torch.empty(shape[0], device="meta")
+    plain, free = (0, 0.0, None), (0, 0.25, [-1.0, 1.0])
+    calls = {
+        "reparameterize_kl": (lambda: reparameterize_kl.forward(x, x, seed, None, *plain), 2),
+        "reparameterize_kl, free bits and clamp": (lambda: reparameterize_kl.forward(x, x, seed, None, *free), 2),
+        "reparameterize_kl, given eps": (lambda: reparameterize_kl.forward(x, x, None, x, *plain), 1),
+        "reparameterize_kl backward": (lambda: reparameterize_kl.backward(x, x, seed, None, *plain, x, rows), 2),
+        "reparameterize_kl backward, free bits and clamp": (
+            lambda: reparameterize_kl.backward(x, x, seed, None, *free, x, rows),
+            2,
+        ),
+        "reparameterize_kl_packed": (lambda: reparameterize_kl_packed.forward(h, seed, None, *plain), 2),
+        "reparameterize_kl_packed backward": (
+            lambda: reparameterize_kl_packed.backward(h, seed, None, *plain, x, rows),
+            2,
+        ),
+        "kl_normal": (lambda: kl_normal.forward(x, x, x, x), 1),
+        "kl_normal backward": (lambda: kl_normal.backward(x, x, x, x, rows), 1),
+        "bernoulli_nll": (lambda: bernoulli_nll.forward(x, x), 1),
+        "bernoulli_nll, uint8": (lambda: bernoulli_nll.forward(x, pixels), 1),
+        "bernoulli_nll backward": (lambda: bernoulli_nll.backward(x, x, rows), 1),
+        "bernoulli_nll backward, uint8": (lambda: bernoulli_nll.backward(x, pixels, rows), 1),
+        "bernoulli_nll with gradient": (lambda: bernoulli_nll.forward_with_grad(x, x, 0.5), 1),
+        "bernoulli_nll with gradient, uint8": (lambda: bernoulli_nll.forward_with_grad(x, pixels, 0.5), 1),
+        "bernoulli_nll rescale": (lambda: bernoulli_nll.rescale(x, rows[0]), 1),
+    }
+    if dtype == torch.float32:
+        for kind in ("normal", "uniform"):
+            fill = getattr(philox, f"fill_{kind}")
+            calls[f"philox {kind}"] = (lambda fill=fill: fill(seed, shape[0], shape[1], 1, 0, seed), 2)
+    launches = {}
+    for name, (call, scalars) in calls.items():
+        (launch,) = recorded(call)
+        launches[name] = (launch, scalars)
+    return launches
+
+
 def _typed(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return _POINTERS[value.dtype]

@@ -65,10 +65,10 @@ def test_without_a_seed_torch_decides(model, images):
 
 
 def test_gradients_are_clipped(model, images):
-    before = [parameter.clone() for parameter in model.parameters()]
+    before = [parameter.detach().clone() for parameter in model.parameters()]
     parts = TrainStep(model, torch.optim.SGD(model.parameters(), lr=1.0), grad_clip=0.01)(images, seed=0)
     assert parts["grad_norm"] > 1
-    moved = sum(float((old - new).square().sum()) for old, new in zip(before, model.parameters(), strict=True))
+    moved = sum((old - new.detach()).square().sum().item() for old, new in zip(before, model.parameters(), strict=True))
     assert moved**0.5 == pytest.approx(0.01, rel=1e-3)
 
 
