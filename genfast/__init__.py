@@ -15,7 +15,18 @@ _LAZY = {
 }
 _SUBMODULES = ("functional", "integrations", "models", "random", "reference", "training")
 
-__all__ = [*_LAZY, *_SUBMODULES, "__version__"]
+__all__ = [
+    "VAE",
+    "AutoEncoder",
+    "__version__",
+    "fit",
+    "functional",
+    "integrations",
+    "models",
+    "random",
+    "reference",
+    "training",
+]
 
 if TYPE_CHECKING:
     from genfast import functional, integrations, models, random, reference, training

@@ -40,9 +40,9 @@ class Tolerance:
 
 
 # Rows: the path an op took. Sums are per-sample results in nats, always fp32. Elements have the input's dtype: half a
-# unit in the last place of 16 bits (a whole one where the interpreter truncates bf16). Their absolute part is the error
-# of one normal (none, 5e-7 interpreted, 4e-6 with the sine and cosine of the hardware) times 10: the standard deviations
-# and incoming gradients of the inputs below multiply it by at most that.
+# unit in the last place of 16 bits (a whole one where the interpreter truncates bf16). Their absolute part is the
+# error of one normal (none, 5e-7 interpreted, 4e-6 with the sine and cosine of the hardware) times 10: the standard
+# deviations and incoming gradients of the inputs below multiply it by at most that.
 _SUMS = Tolerance(1e-6)
 TOLERANCES = {
     "reference": {
@@ -114,9 +114,7 @@ def _gaussian(names: tuple[str, ...], channels: int = 1) -> Callable[..., Inputs
         if channels > 1:
             shape = (shape[0], shape[1] * channels, *shape[2:])
         # Around the prior and far from it: both branches of the series are met.
-        return {
-            name: (1.5 * torch.randn(shape, generator=generator, dtype=torch.float32)).to(device, dtype) for name in names
-        }
+        return {name: (1.5 * torch.randn(shape, generator=generator)).to(device, dtype) for name in names}
 
     return make
 
@@ -133,8 +131,10 @@ def _images(binary: bool) -> Callable[..., Inputs]:
     def make(shape: tuple[int, ...], dtype: torch.dtype, device: str, generator: torch.Generator) -> Inputs:
         logits = (4.0 * torch.randn(shape, generator=generator)).to(device, dtype)
         if binary:
-            return {"logits": logits, "x": torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).to(device)}
-        return {"logits": logits, "x": torch.rand(shape, generator=generator).to(device, dtype)}
+            x = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).to(device)
+        else:
+            x = torch.rand(shape, generator=generator).to(device, dtype)
+        return {"logits": logits, "x": x}
 
     return make
 

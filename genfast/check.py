@@ -69,7 +69,9 @@ def check(ops: Sequence[str] = (), device: torch.device | str | None = None) -> 
         >>> all(row.passed for row in rows)
         True
     """
-    device = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
     chosen = [case for op in ops for case in cases(op)] if ops else list(CASES)
     return [row for case in chosen for dtype in DTYPES for shape in SHAPES for row in _rows(case, dtype, shape, device)]
 
@@ -83,6 +85,7 @@ def main(ops: Sequence[str] = (), device: str | None = None) -> int:
         eager = f"{row.eager:8.1e}" if row.eager is not None else "own noise"
         verdict = "ok" if row.passed else "BEYOND TOLERANCE"
         shape = "x".join(map(str, row.shape))
-        print(f"{row.case:{width}}  {row.dtype:5}  {shape:15}  {row.output:11}  {row.path:11}  {row.fused:8.1e}  {eager:9} {verdict}")
+        left = f"{row.case:{width}}  {row.dtype:5}  {shape:15}  {row.output:11}  {row.path:11}"
+        print(f"{left}  {row.fused:8.1e}  {eager:9} {verdict}")
     print("errors: largest difference from fp64 on the same inputs, over the largest exact value")
     return int(not all(row.passed for row in rows))

@@ -1,7 +1,8 @@
 """Noise as a pure function of (seed, stream, salt, row, position), and the seeds that select it.
 
 Element ``j`` of sample ``i`` is lane ``j % 4`` of ``Philox4x32-10`` (Salmon et al., "Parallel random numbers: as
-easy as 1, 2, 3", SC 2011) with key ``seed`` (64 bits) and counter ``(j // 4, i mod 2^32, i >> 32, stream | salt << 8)``.
+easy as 1, 2, 3", SC 2011) with the key ``seed`` (64 bits) and the counter
+``(j // 4, i mod 2^32, i >> 32, stream | salt << 8)``.
 Nothing else enters, so the noise of a sample is the same at any batch size, on any number of ranks, with
 micro-batches, after a resume, on CPU or GPU, eager or compiled. `genfast.kernels.philox` is the same in Triton.
 """

@@ -5,10 +5,17 @@ import triton.language as tl
 
 
 @triton.jit
+def hardware(x, NAME: tl.constexpr):
+    """An approximate function of NVIDIA's special function unit: ex2, lg2, sin, cos, sqrt, rcp."""
+    ASM: tl.constexpr = NAME + ".approx.ftz.f32 $0, $1;"
+    return tl.inline_asm_elementwise(ASM, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def exp2(x, FAST: tl.constexpr):
     """2^x to 2 ulp; below 2^-126 the fast one gives zero, and spares the five instructions that denormals cost."""
     if FAST:
-        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+        return hardware(x, "ex2")
     return tl.exp2(x)
 
 
@@ -22,7 +29,7 @@ def exp(x, FAST: tl.constexpr):
 def reciprocal(x, FAST: tl.constexpr):
     """1 / x for normal x, to 1 ulp."""
     if FAST:
-        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+        return hardware(x, "rcp")
     return 1.0 / x
 
 

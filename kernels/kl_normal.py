@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from genfast.kernels._math import exp, expm1, expm1_minus
-from genfast.kernels.launch import launch, locate, tile, tile_mask, tile_rows
+from genfast.kernels.launch import launch, locate, read, tile, tile_mask, tile_rows
 
 
 @triton.jit
@@ -17,15 +17,15 @@ def _load(
     CHANNELS: tl.constexpr, VEC: tl.constexpr, C: tl.constexpr, FAST: tl.constexpr,
 ):
     """(mu_q - mu_p) / std_p, 1 / std_p, and d = logvar_q - logvar_p."""
-    mq = tl.load(mu_q + locate(row, chunk, mu_q_s, mu_q_c, MU_Q, CHANNELS, VEC, C), mask=mask, other=0.0)
-    lq = tl.load(logvar_q + locate(row, chunk, logvar_q_s, logvar_q_c, LOGVAR_Q, CHANNELS, VEC, C), mask=mask, other=0.0)
-    mp = tl.load(mu_p + locate(row, chunk, mu_p_s, mu_p_c, MU_P, CHANNELS, VEC, C), mask=mask, other=0.0)
-    lp = tl.load(logvar_p + locate(row, chunk, logvar_p_s, logvar_p_c, LOGVAR_P, CHANNELS, VEC, C), mask=mask, other=0.0)
-    inverse_std = exp(-0.5 * lp.to(tl.float32), FAST)
-    gap = mq.to(tl.float32) - mp.to(tl.float32)
+    mq = read(mu_q, row, chunk, mask, mu_q_s, mu_q_c, MU_Q, CHANNELS, VEC, C)
+    lq = read(logvar_q, row, chunk, mask, logvar_q_s, logvar_q_c, LOGVAR_Q, CHANNELS, VEC, C)
+    mp = read(mu_p, row, chunk, mask, mu_p_s, mu_p_c, MU_P, CHANNELS, VEC, C)
+    lp = read(logvar_p, row, chunk, mask, logvar_p_s, logvar_p_c, LOGVAR_P, CHANNELS, VEC, C)
+    inverse_std = exp(-0.5 * lp, FAST)
+    gap = mq - mp
     # Equal means stay equal however narrow the prior: 0 * inf would be NaN.
     scaled = tl.where(gap == 0.0, 0.0, gap * inverse_std)
-    return scaled, inverse_std, lq.to(tl.float32) - lp.to(tl.float32)
+    return scaled, inverse_std, lq - lp
 
 
 @triton.jit

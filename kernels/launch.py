@@ -215,3 +215,13 @@ def locate(
     else:
         start = (row // CHANNELS) * sample_stride * unit + (row % CHANNELS) * channel_stride * unit
     return start + chunk * C * COLUMN + (tl.arange(0, C) * COLUMN)[None, :]
+
+
+@triton.jit
+def read(
+    x, row, chunk, mask, sample_stride, channel_stride,
+    COLUMN: tl.constexpr, CHANNELS: tl.constexpr, VEC: tl.constexpr, C: tl.constexpr,
+):
+    """The tile's elements of x in fp32, zero outside the mask."""
+    at = locate(row, chunk, sample_stride, channel_stride, COLUMN, CHANNELS, VEC, C)
+    return tl.load(x + at, mask=mask, other=0.0).to(tl.float32)

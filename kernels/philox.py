@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from genfast.kernels._math import hardware
 from genfast.kernels.launch import TILE, launch
 
 
@@ -39,11 +40,11 @@ def box_muller(first, second, FAST: tl.constexpr):
     theta = second.to(tl.int32, bitcast=True).to(tl.float32) * 1.4629180792671596e-09
     if FAST:
         # The hardware lg2 is off by 2^-23 next to 1, where -2 log(u) itself is small and 2 (1 - u) is nearer.
-        log2 = tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [u], dtype=tl.float32, is_pure=True, pack=1)
+        log2 = hardware(u, "lg2")
         square = tl.where(u > 0.99951171875, tl.fma(u, -2.0, 2.0), log2 * -1.3862943611198906)
-        radius = tl.inline_asm_elementwise("sqrt.approx.ftz.f32 $0, $1;", "=f,f", [square], dtype=tl.float32, is_pure=True, pack=1)
-        cos = tl.inline_asm_elementwise("cos.approx.ftz.f32 $0, $1;", "=f,f", [theta], dtype=tl.float32, is_pure=True, pack=1)
-        sin = tl.inline_asm_elementwise("sin.approx.ftz.f32 $0, $1;", "=f,f", [theta], dtype=tl.float32, is_pure=True, pack=1)
+        radius = hardware(square, "sqrt")
+        cos = hardware(theta, "cos")
+        sin = hardware(theta, "sin")
     else:
         radius = tl.sqrt(-2.0 * tl.log(u))
         cos = tl.cos(theta)

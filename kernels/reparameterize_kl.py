@@ -1,4 +1,4 @@
-"""z = mu + exp(logvar / 2) eps and KL(N(mu, e^logvar) || N(0, I)) in one pass; eps is made in registers, never stored."""
+"""z = mu + exp(logvar / 2) eps and KL(N(mu, e^logvar) || N(0, I)) in one pass; eps is never stored."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from genfast.kernels._math import exp, exp2, expm1, expm1_minus
-from genfast.kernels.launch import TILE, launch, locate, tile, tile_mask, tile_rows
+from genfast.kernels.launch import TILE, launch, locate, read, tile, tile_mask, tile_rows
 from genfast.kernels.philox import tile_normal
 from genfast.random import Stream
 
@@ -15,9 +15,8 @@ HALF_LOG2E = tl.constexpr(0.7213475204444817)
 
 
 @triton.jit
-def _load_logvar(logvar, at, mask, lo, hi, HAS_CLAMP: tl.constexpr):
-    """The logvar that counts, and where it passes a gradient."""
-    raw = tl.load(logvar + at, mask=mask, other=0.0).to(tl.float32)
+def _clamp(raw, lo, hi, HAS_CLAMP: tl.constexpr):
+    """The logvar that counts, and where it passes no gradient."""
     if HAS_CLAMP:
         # Comparisons keep a NaN, and Inductor may pass a Python float as fp64.
         lo, hi = tl.full([], lo, tl.float32), tl.full([], hi, tl.float32)
@@ -36,11 +35,11 @@ def _forward(
     row, chunk = tile_rows(rows, chunks, R)
     HALF: tl.constexpr = mu.dtype.element_ty.primitive_bitwidth == 16
     mask = tile_mask(row, rows, chunk, units, VEC, R, C)
-    m = tl.load(mu + locate(row, chunk, mu_s, mu_c, MU, CHANNELS, VEC, C), mask=mask, other=0.0).to(tl.float32)
-    at = locate(row, chunk, logvar_s, logvar_c, LOGVAR, CHANNELS, VEC, C)
-    lv, _ = _load_logvar(logvar, at, mask, lo, hi, HAS_CLAMP)
+    m = read(mu, row, chunk, mask, mu_s, mu_c, MU, CHANNELS, VEC, C)
+    raw = read(logvar, row, chunk, mask, logvar_s, logvar_c, LOGVAR, CHANNELS, VEC, C)
+    lv, _ = _clamp(raw, lo, hi, HAS_CLAMP)
     if HAS_EPS:
-        noise = tl.load(eps + locate(row, chunk, eps_s, eps_c, EPS, CHANNELS, VEC, C), mask=mask, other=0.0).to(tl.float32)
+        noise = read(eps, row, chunk, mask, eps_s, eps_c, EPS, CHANNELS, VEC, C)
     else:
         noise = tile_normal(tl.load(seed), row, chunk, units, row_offset, 0, STREAM, HALF, CHANNELS, VEC, R, C, FAST)
     sample = tl.fma(exp2(lv * HALF_LOG2E, FAST), noise, m)
@@ -69,12 +68,12 @@ def _backward(
     row, chunk = tile_rows(rows, chunks, R)
     HALF: tl.constexpr = mu.dtype.element_ty.primitive_bitwidth == 16
     mask = tile_mask(row, rows, chunk, units, VEC, R, C)
-    at = locate(row, chunk, logvar_s, logvar_c, LOGVAR, CHANNELS, VEC, C)
-    lv, clamped = _load_logvar(logvar, at, mask, lo, hi, HAS_CLAMP)
+    raw = read(logvar, row, chunk, mask, logvar_s, logvar_c, LOGVAR, CHANNELS, VEC, C)
+    lv, clamped = _clamp(raw, lo, hi, HAS_CLAMP)
     to_mu = tl.zeros([R, C], tl.float32)
     to_logvar = tl.zeros([R, C], tl.float32)
     if HAS_GRAD_KL:
-        m = tl.load(mu + locate(row, chunk, mu_s, mu_c, MU, CHANNELS, VEC, C), mask=mask, other=0.0).to(tl.float32)
+        m = read(mu, row, chunk, mask, mu_s, mu_c, MU, CHANNELS, VEC, C)
         g = tl.load(grad_kl + (row // CHANNELS) * grad_kl_s, mask=row < rows, other=0.0).to(tl.float32)
         variance = exp(lv, FAST)
         to_mu = g * m
@@ -84,12 +83,12 @@ def _backward(
             to_mu = tl.where(free, 0.0, to_mu)
             to_logvar = tl.where(free, 0.0, to_logvar)
     if HAS_GRAD_Z:
-        at = locate(row, chunk, grad_z_s, grad_z_c, GRAD_Z, CHANNELS, VEC, C)
-        gz = tl.load(grad_z + at, mask=mask, other=0.0).to(tl.float32)
+        gz = read(grad_z, row, chunk, mask, grad_z_s, grad_z_c, GRAD_Z, CHANNELS, VEC, C)
         if HAS_EPS:
-            noise = tl.load(eps + locate(row, chunk, eps_s, eps_c, EPS, CHANNELS, VEC, C), mask=mask, other=0.0).to(tl.float32)
+            noise = read(eps, row, chunk, mask, eps_s, eps_c, EPS, CHANNELS, VEC, C)
         else:
-            noise = tile_normal(tl.load(seed), row, chunk, units, row_offset, 0, STREAM, HALF, CHANNELS, VEC, R, C, FAST)
+            key = tl.load(seed)
+            noise = tile_normal(key, row, chunk, units, row_offset, 0, STREAM, HALF, CHANNELS, VEC, R, C, FAST)
         to_mu += gz
         to_logvar += 0.5 * gz * noise * exp2(lv * HALF_LOG2E, FAST)
     if HAS_CLAMP:
@@ -119,7 +118,8 @@ def forward(
     scalars, flags = _options(free_bits, clamp)
     launch(
         _forward, tiling.grid, mu, logvar, noise, mu if seed is None else seed, z, partials,
-        tiling.rows, tiling.units, tiling.chunks, row_offset, *scalars, *(step for s, c, _ in places for step in (s, c)),
+        tiling.rows, tiling.units, tiling.chunks, row_offset, *scalars,
+        *(step for s, c, _ in places for step in (s, c)),
         **dict(zip(("MU", "LOGVAR", "EPS", "Z"), (p for _, _, p in places), strict=True)),
         STREAM=int(Stream.LATENT), HAS_EPS=eps is not None, **flags, **tiling.constexprs(),
     )

@@ -1,4 +1,4 @@
-"""`genfast.kernels.reparameterize_kl` on h = [mu | logvar] along dimension 1: read in place, gradient written packed."""
+"""`genfast.kernels.reparameterize_kl` on h = [mu | logvar] along dimension 1, read in place, its gradient packed."""
 
 from __future__ import annotations
 

@@ -42,7 +42,10 @@ def upstream(case: Case, inputs: Inputs, seed: int = 1) -> list[Tensor]:
     return [torch.randn(out.shape, generator=generator).to(out.device, out.dtype) for out in outputs]
 
 
-def assert_close(case: Case, got: tuple[Outputs, dict[str, Tensor]], want: tuple[Outputs, dict[str, Tensor]], dtype, device):
+Results = tuple[Outputs, dict[str, Tensor]]
+
+
+def assert_close(case: Case, got: Results, want: Results, dtype: torch.dtype, device: str) -> None:
     """Outputs and gradients within the one tolerance table."""
     for name, actual, exact in zip(case.outputs, got[0], want[0], strict=True):
         check(allowed(case, dtype, device, name), actual, exact, f"{case.name}: {name}")
@@ -89,13 +92,12 @@ class OpMatrix:
     @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
     def test_matches_oracle(self, case, dtype, device):
         inputs = make(case, (6, 20), dtype, device)
-        leaves = {name: x.detach().cpu().requires_grad_(name in differentiable(inputs)) for name, x in wide(inputs).items()}
+        names = differentiable(inputs)
+        leaves = {name: x.detach().cpu().requires_grad_(name in names) for name, x in wide(inputs).items()}
         outputs = type(self).oracle(case, leaves)
         grads = upstream(case, inputs)
-        wanted = torch.autograd.grad(
-            outputs, [leaves[name] for name in differentiable(inputs)], [g.cpu().double() for g in grads]
-        )
-        exact = tuple(out.detach() for out in outputs), dict(zip(differentiable(inputs), wanted, strict=True))
+        wanted = torch.autograd.grad(outputs, [leaves[name] for name in names], [g.cpu().double() for g in grads])
+        exact = tuple(out.detach() for out in outputs), dict(zip(names, wanted, strict=True))
         assert_close(case, run(case, "fused", inputs, grads), exact, dtype, device)
 
     def test_no_gradient_for_one_output(self, case, device):
@@ -105,9 +107,10 @@ class OpMatrix:
             leaves = {name: inputs[name].clone().requires_grad_() for name in differentiable(inputs)}
             case.fused({**inputs, **leaves})[index].sum().backward()
             exact = {name: x.requires_grad_(name in leaves) for name, x in wide(inputs).items()}
-            want = torch.autograd.grad(case.exact(exact)[index].sum(), [exact[name] for name in leaves], allow_unused=True)
+            total = case.exact(exact)[index].sum()
+            want = torch.autograd.grad(total, [exact[name] for name in leaves], materialize_grads=True)
             for (name, leaf), grad in zip(leaves.items(), want, strict=True):
-                check(allowed(case, torch.float32, device), leaf.grad, torch.zeros_like(leaf).double() if grad is None else grad, name)
+                check(allowed(case, torch.float32, device), leaf.grad, grad, name)
 
     @pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded", "channels_last", "offset"])
     @pytest.mark.parametrize("shape", [(6, 8, 4, 4), (6, 4, 3, 5)], ids=str)
@@ -200,8 +203,9 @@ class OpMatrix:
     def test_second_derivative_says_that_there_is_none(self, case, device):
         inputs = make(case, (3, 4), torch.float32, device)
         leaves = {name: inputs[name].clone().requires_grad_() for name in differentiable(inputs)}
-        first = torch.autograd.grad(case.fused({**inputs, **leaves})[-1].sum(), list(leaves.values()), create_graph=True)
-        with pytest.raises(RuntimeError, match="no autograd formula|does not require grad|not implemented"):
+        total = case.fused({**inputs, **leaves})[-1].sum()
+        first = torch.autograd.grad(total, list(leaves.values()), create_graph=True)
+        with pytest.raises(RuntimeError, match="no autograd formula was registered"):
             sum(grad.square().sum() for grad in first).backward()
 
     def test_gradcheck_of_the_reference(self, case):
@@ -230,13 +234,11 @@ class OpMatrix:
             run(case, "fused", inputs)
         assert recorder.calls
         for op, arguments in recorder.calls:
-            values = tuple(
-                a.requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() and "backward" not in op.name() else a
-                for a in arguments
-            )
-            mutates = op._schema.is_mutable
-            values = tuple(a.detach() if mutates and isinstance(a, Tensor) else a for a in values)
-            opcheck(op, values)
+            leaf = not op._schema.is_mutable and "backward" not in op.name()
+            for argument in arguments:
+                if leaf and isinstance(argument, Tensor) and argument.is_floating_point():
+                    argument.requires_grad_()
+            opcheck(op, arguments)
 
     def test_compiles_as_one_graph(self, base, device):
         """A second batch size makes the batch dynamic, as the last batch of an epoch does."""
@@ -293,7 +295,10 @@ class OpMatrix:
         """Under autocast a producer in bf16 hands its result over; sums stay fp32."""
         inputs = make(base, (6, 20), torch.float32, device)
         with torch.autocast(device, torch.bfloat16):
-            halved = {n: torch.mm(x, torch.eye(x.shape[1], device=device)) if n in differentiable(inputs) else x for n, x in inputs.items()}
+            eye = torch.eye(20, device=device)
+            halved = dict(inputs)
+            for name in differentiable(inputs):
+                halved[name] = torch.cat([part @ eye for part in inputs[name].split(20, 1)], 1)
             outputs = base.fused(halved)
         assert all(halved[name].dtype == torch.bfloat16 for name in differentiable(inputs))
         for name, out in zip(base.outputs, outputs, strict=True):

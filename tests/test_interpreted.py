@@ -14,17 +14,15 @@ import pytest
 from genfast.functional._register import INTERPRETED
 
 ROOT = Path(__file__).parents[1]
+PARTS = [*sorted(ROOT.glob("tests/functional/test_*.py")), ROOT / "tests" / "test_philox_kernel.py"]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the run that the test below starts")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-@pytest.mark.parametrize(
-    "part", ["reparameterize_kl.py", "reparameterize_kl_packed.py", "kl_normal.py", "bernoulli_nll.py", "philox_kernel.py"]
-)
+@pytest.mark.parametrize("part", PARTS, ids=lambda part: part.stem)
 def test_kernels_under_the_interpreter(part):
-    folder = "tests" if part.startswith("philox") else "tests/functional"
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{folder}/test_{part}"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(part)],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,

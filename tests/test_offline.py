@@ -20,6 +20,7 @@ pytestmark = [
     pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled"),
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
 ]
+ROOT = Path(__file__).parents[1]
 AGREED = json.loads(Path(__file__).with_name("kernel_costs.json").read_text())
 NVIDIA = [name for name, (backend, *_) in TARGETS.items() if backend == "cuda"]
 
@@ -81,3 +82,11 @@ def test_kernels_of_channels_last_read_in_place():
     print(counted)
     assert counted.spills == 0
     assert sum(count for bits, count in counted.widths.items() if bits <= 16) == 0, counted
+
+
+def test_the_readme_shows_the_agreed_table():
+    spec = importlib.util.spec_from_file_location("kernel_costs", ROOT / "scripts" / "kernel_costs.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    table = script.markdown(AGREED["instructions per element, sm_90"], AGREED["triton"])
+    assert script.in_readme(table) == (ROOT / "README.md").read_text()

@@ -62,7 +62,7 @@ def test_definition_by_hand():
 
 @pytest.mark.parametrize("draw", [normal, uniform])
 def test_traced_and_eager_paths_agree(draw, device):
-    """numpy (or a kernel) in eager, torch's integers where something traces: uniform is exact, normal within rounding."""
+    """numpy (or a kernel) in eager, torch where something traces: uniform is exact, normal within rounding."""
     seed = SEED.to(device)
     compiled = torch.compile(lambda s: draw(s, 6, 22, 3, 2**33 + 1, 9, 5), fullgraph=True, backend="aot_eager")
     got, want = compiled(seed), draw(seed, 6, 22, 3, 2**33 + 1, 9, 5)

@@ -80,8 +80,8 @@ def bernoulli_nll(logits: Tensor, x: Tensor, *, reduction: str = "none") -> Tens
     A second derivative is not implemented and says so.
 
     Example:
-        >>> bernoulli_nll(torch.zeros(2, 784), torch.rand(2, 784))
-        tensor([543.4274, 543.4274])
+        >>> bernoulli_nll(torch.zeros(2, 4), torch.ones(2, 4))
+        tensor([2.7726, 2.7726])
     """
     _checks.floating("logits", logits)
     _checks.same_shape("x", x, "logits", logits)
@@ -93,9 +93,9 @@ def bernoulli_nll(logits: Tensor, x: Tensor, *, reduction: str = "none") -> Tens
         x = x.to(logits.dtype)
     if reduction == "none":
         return _op(logits, x)
-    # A gradient divided by the batch size, not yet times the loss scale, would underflow in fp16; x's is computed later.
-    stores = torch.is_grad_enabled() and logits.requires_grad and not x.requires_grad and logits.dtype != torch.float16
-    if stores and logits.shape[0] > 0:
+    wanted = torch.is_grad_enabled() and logits.requires_grad and not x.requires_grad and logits.shape[0] > 0
+    # In fp16 a gradient divided by the batch size, and not yet times the loss scale, would underflow.
+    if wanted and logits.dtype != torch.float16:
         return _op_with_grad(logits, x, 1.0 if reduction == "sum" else 1.0 / logits.shape[0])[0]
     nll = _op(logits, x)
     return nll.sum() if reduction == "sum" else nll.mean()

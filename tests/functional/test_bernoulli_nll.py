@@ -92,7 +92,7 @@ def test_no_gradient_is_computed_where_none_is_wanted(device):
     ("change", "error", "message"),
     [
         ({"x": torch.zeros(2, 4)}, ValueError, r"x: expected the shape of logits, \[2, 3\], got \[2, 4\]"),
-        ({"x": torch.zeros(2, 3, dtype=torch.int64)}, TypeError, "x: expected a float, bool or uint8 tensor, got torch.int64"),
+        ({"x": torch.zeros(2, 3, dtype=torch.int64)}, TypeError, "x: expected a float, bool or uint8 tensor, got"),
         ({"logits": torch.zeros(2, 3, dtype=torch.uint8)}, TypeError, "logits: expected fp32, bf16, fp16 or fp64"),
         ({"reduction": "average"}, ValueError, "reduction: expected .* got 'average'"),
     ],

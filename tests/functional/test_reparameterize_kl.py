@@ -64,7 +64,9 @@ def test_noise_is_that_of_the_seed_whatever_the_split(device):
     given, _ = reparameterize_kl(mu, logvar, eps=eps)
     torch.testing.assert_close(whole, given, rtol=1e-6, atol=2e-6)
     for size in (1, 7, 32):
-        parts = [reparameterize_kl(mu[i : i + size], logvar[i : i + size], seed=5, row_offset=i)[0] for i in range(0, 64, size)]
+        starts = range(0, 64, size)
+        pieces = [(mu[i : i + size], logvar[i : i + size]) for i in starts]
+        parts = [reparameterize_kl(*piece, seed=5, row_offset=i)[0] for piece, i in zip(pieces, starts, strict=True)]
         assert torch.equal(torch.cat(parts), whole)
 
 
@@ -97,7 +99,8 @@ def test_given_noise_takes_a_gradient(device):
 
 
 def test_mixed_dtypes_are_promoted(device):
-    z, kl = reparameterize_kl(torch.zeros(2, 4, device=device, dtype=torch.bfloat16), torch.zeros(2, 4, device=device), seed=0)
+    zeros = torch.zeros(2, 4, device=device)
+    z, kl = reparameterize_kl(zeros.bfloat16(), zeros, seed=0)
     assert z.dtype == torch.float32
     assert kl.dtype == torch.float32
 
@@ -106,13 +109,13 @@ def test_mixed_dtypes_are_promoted(device):
     ("change", "error", "message"),
     [
         ({"mu": [1.0]}, TypeError, "mu: expected a tensor, got list"),
-        ({"mu": torch.zeros(2, 3, dtype=torch.int64)}, TypeError, "mu: expected fp32, bf16, fp16 or fp64, got torch.int64"),
+        ({"mu": torch.zeros(2, 3, dtype=torch.int64)}, TypeError, "mu: expected fp32, bf16, fp16 or fp64, got"),
         ({"mu": torch.tensor(0.0)}, ValueError, r"mu: expected at least 1 dimension\(s\) \[B, ...\], got shape \[\]"),
         ({"logvar": torch.zeros(2, 4)}, ValueError, r"logvar: expected the shape of mu, \[2, 3\], got \[2, 4\]"),
         ({"eps": torch.zeros(2, 4)}, ValueError, r"eps: expected the shape of the latent, \[2, 3\], got \[2, 4\]"),
         ({"eps": torch.zeros(2, 3), "seed": 1}, ValueError, "seed: expected None when eps is given"),
         ({"seed": 1.5}, TypeError, "seed: expected None, an int or an int64 tensor, got float"),
-        ({"seed": torch.zeros(2, dtype=torch.int64)}, ValueError, r"seed: expected a tensor of one element, got shape \[2\]"),
+        ({"seed": torch.zeros(2, dtype=torch.int64)}, ValueError, "seed: expected a tensor of one element, got"),
         ({"seed": torch.zeros(1)}, TypeError, "seed: expected an int64 tensor, got torch.float32"),
         ({"seed": 2**64}, ValueError, "seed: expected an int of at most 64 bits"),
         ({"row_offset": -1}, ValueError, "row_offset: expected a finite number >= 0, got -1"),

@@ -1,0 +1,19 @@
+"""reparameterize_kl_packed with its own noise; sizes are those of the latent, half of the moments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from genfast.cases import Case, cases
+
+CASES = [case for case in cases("reparameterize_kl_packed") if case.setting == ""]
+SIZES = {
+    "cpu": ((128, 20), (1024, 256)),
+    "cuda": ((128, 20), (64, 4, 32, 32), (8192, 1024), (65536, 1024)),
+}
+
+
+def test_reparameterize_kl_packed(
+    time_chain: Callable[..., None], case: Case, shape: tuple[int, ...], dtype: str, mode: str, chain: str
+) -> None:
+    time_chain(case, shape, dtype, mode, chain)
