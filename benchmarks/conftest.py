@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,8 +27,8 @@ BENCH_DTYPES = ("fp32", "bf16")
 MODES = ("forward", "forward+backward")
 
 COLD_BYTES = 512 * 2**20
-SECONDS = {"cuda": 0.5, "cpu": 0.2}
-ROUNDS = (10, 200)
+SECONDS = {"cuda": 0.5, "cpu": 0.1}
+ROUNDS = {"cuda": (20, 200), "cpu": (7, 200)}
 
 
 @dataclass(frozen=True)
@@ -150,12 +151,14 @@ def time_chain(benchmark: BenchmarkFixture) -> Callable[[Case, tuple[int, ...], 
             return (function, mode, inputs, tensors[len(inputs) :]), {}
 
         # Compiles outside of every timing, and tells how many rounds there is time for.
-        for _ in range(2):
+        seconds = []
+        for _ in range(4):
             arguments, _ = setup()
             start = time.perf_counter()
             _call(*arguments)
-            seconds = time.perf_counter() - start
-        rounds = min(max(int(SECONDS[DEVICE.type] / seconds), ROUNDS[0]), ROUNDS[1])
+            seconds.append(time.perf_counter() - start)
+        low, high = ROUNDS[DEVICE.type]
+        rounds = min(max(int(SECONDS[DEVICE.type] / min(seconds)), low), high)
 
         moved = _bytes_moved(case, prepared, shape, mode)
         where = "x".join(map(str, shape))
@@ -165,9 +168,9 @@ def time_chain(benchmark: BenchmarkFixture) -> Callable[[Case, tuple[int, ...], 
         benchmark.extra_info.update(
             op=case.op, case=case.name, chain=chain, dtype=dtype, shape=list(shape), mode=mode,
             elements=math.prod(shape), bytes=moved, path=prepared.path, error_over_allowed=prepared.error,
-            **_environment(),
+            load=os.getloadavg()[0], **_environment(),
         )  # fmt: skip
-        benchmark.pedantic(_call, setup=setup, rounds=rounds, warmup_rounds=max(2, rounds // 10))
+        benchmark.pedantic(_call, setup=setup, rounds=rounds, warmup_rounds=rounds // 10)
         if benchmark.stats is not None:
             benchmark.extra_info["GB/s"] = moved / benchmark.stats.stats.median / 1e9
 

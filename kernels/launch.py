@@ -160,6 +160,14 @@ def _is_direct(x: Tensor, by_channel: bool) -> bool:
     return split is not None and (split[2] in (0, 1) or split[1] == 1)
 
 
+def block(cols: int, size: int = TILE) -> int:
+    """The power of two from 4 to `size` that covers `cols`; by comparisons, so that a symbolic `cols` stays symbolic."""
+    covers = 4
+    while covers < cols and covers < size:
+        covers *= 2
+    return covers
+
+
 def tile(*tensors: Tensor | None, size: int = TILE) -> tuple[Tiling, list[Tensor | None]]:
     """Choose tiles of `size` elements for tensors of one shape [B, ...]; returns the tiling and the tensors, copied
     only where they must be."""
@@ -184,7 +192,7 @@ def _tile(tensors: list[Tensor], size: int) -> tuple[Tiling, list[Tensor]]:
         steps = (sample, channel, inner) if by_channel else (sample, inner)
         while column == 1 and any(step % vec for step in steps):
             vec //= 2
-    block_cols = min(max(4, triton.next_power_of_2(inner)), size)
+    block_cols = block(inner, size)
     return Tiling(batch, channels, inner, vec, size // block_cols, block_cols), direct
 
 

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from genfast.kernels._math import hardware
-from genfast.kernels.launch import TILE, launch
+from genfast.kernels.launch import TILE, block, launch
 
 
 @triton.jit
@@ -116,7 +116,7 @@ def _fill_block(kind: str, seed, rows, cols, stream, row_offset, salt, col_offse
     out = torch.empty(rows, cols, dtype=torch.int64 if kind == "bits" else torch.float32, device=seed.device)
     salt = salt if isinstance(salt, Tensor) else torch.full((1,), salt, dtype=torch.int64, device=seed.device)
     span = col_offset % 4 + cols
-    block_cols = block_cols or min(max(4, triton.next_power_of_2(span)), TILE)
+    block_cols = block_cols or block(span)
     block_rows = TILE // block_cols
     grid = -(-rows // block_rows) * -(-span // block_cols) if cols else 0
     launch(

@@ -112,7 +112,7 @@ class OpMatrix:
             for (name, leaf), grad in zip(leaves.items(), want, strict=True):
                 check(allowed(case, torch.float32, device), leaf.grad, grad, name)
 
-    @pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded", "channels_last", "offset"])
+    @pytest.mark.parametrize("layout", ["transposed", "sliced", "skipped", "expanded", "channels_last", "offset"])
     @pytest.mark.parametrize("shape", [(6, 8, 4, 4), (6, 4, 3, 5)], ids=str)
     @pytest.mark.usefixtures("poisoned")
     def test_any_strides(self, case, layout, shape, device):
@@ -348,6 +348,8 @@ def _laid_out(x: Tensor, layout: str) -> Tensor:
         return x.transpose(0, -1).contiguous().transpose(0, -1)
     if layout == "sliced":
         return torch.cat([x + 1, x, x - 1], 1)[:, x.shape[1] : 2 * x.shape[1]]
+    if layout == "skipped":
+        return torch.stack([x, x + 1], 2).select(2, 0)
     if layout == "offset":
         return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
     return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
