@@ -205,7 +205,9 @@ def _kl_normal() -> Case:
 
 def _bernoulli_nll(setting: str, reduction: str, binary: bool) -> Case:
     def reduced(nll: Tensor) -> Tensor:
-        return {"none": nll, "mean": nll.mean(), "sum": nll.sum()}[reduction]
+        if reduction == "none":
+            return nll
+        return nll.mean() if reduction == "mean" else nll.sum()
 
     def eager(inputs: Inputs) -> Outputs:
         logits, x = inputs["logits"], inputs["x"]

@@ -106,7 +106,9 @@ def as_seed(seed: int | Tensor | None, device: torch.device | str | None = None)
         return seed.reshape(1)
     if seed is None:
         return new_seed(device)
-    if isinstance(seed, (bool, float, str)) or not hasattr(seed, "__index__"):
+    if isinstance(seed, np.integer):
+        seed = int(seed)
+    if isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt)):
         raise TypeError(f"seed: expected None, an int or an int64 tensor, got {type(seed).__name__}")
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed: expected an int of at most 64 bits, got {seed}")

@@ -161,7 +161,7 @@ def _is_direct(x: Tensor, by_channel: bool) -> bool:
 
 
 def block(cols: int, size: int = TILE) -> int:
-    """The power of two from 4 to `size` that covers `cols`; by comparisons, so that a symbolic `cols` stays symbolic."""
+    """The power of two from 4 to `size` that covers `cols`; found by comparing, so that a symbolic `cols` stays one."""
     covers = 4
     while covers < cols and covers < size:
         covers *= 2
