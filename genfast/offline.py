@@ -104,8 +104,8 @@ def every_launch(dtype: torch.dtype, shape: tuple[int, ...] = (8192, 4096)) -> d
         "bernoulli_nll, uint8": (lambda: bernoulli_nll.forward(x, pixels), 1),
         "bernoulli_nll backward": (lambda: bernoulli_nll.backward(x, x, rows), 1),
         "bernoulli_nll backward, uint8": (lambda: bernoulli_nll.backward(x, pixels, rows), 1),
-        "bernoulli_nll with gradient": (lambda: bernoulli_nll.forward_with_grad(x, x, 0.5), 1),
-        "bernoulli_nll with gradient, uint8": (lambda: bernoulli_nll.forward_with_grad(x, pixels, 0.5), 1),
+        "bernoulli_nll with gradient": (lambda: bernoulli_nll.forward_with_grad(x, x, True), 1),
+        "bernoulli_nll with gradient, uint8": (lambda: bernoulli_nll.forward_with_grad(x, pixels, True), 1),
         "bernoulli_nll rescale": (lambda: bernoulli_nll.rescale(x, rows[0]), 1),
     }
     if dtype == torch.float32:

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from genfast._environment import FORCE_REFERENCE, HAS_TRITON
+
 __all__ = ["Stream", "as_seed", "derive_seed", "new_seed", "normal", "philox4x32", "uniform"]
 
 _MASK = 0xFFFFFFFF
@@ -101,7 +103,8 @@ def as_seed(seed: int | Tensor | None, device: torch.device | str | None = None)
             raise TypeError(f"seed: expected an int64 tensor, got {seed.dtype}")
         if seed.numel() != 1:
             raise ValueError(f"seed: expected a tensor of one element, got shape {list(seed.shape)}")
-        if device is not None and seed.device.type != torch.device(device).type:
+        wanted = seed.device if device is None else torch.device(device)
+        if seed.device.type != wanted.type or wanted.index not in (None, seed.device.index):
             raise ValueError(f"seed: expected a tensor on {device}, got one on {seed.device}")
         return seed.reshape(1)
     if seed is None:
@@ -169,16 +172,21 @@ def derive_seed(seed: int, *indices: int) -> int:
     return seed - 2**64 if seed >= 2**63 else seed
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def is_plain(tensor: Tensor) -> bool:
     """Whether values can be handled outside torch: nothing is tracing, faking or recording."""
     return not torch.compiler.is_compiling() and type(tensor) is Tensor and _get_current_dispatch_mode() is None
+
+
+def _has_kernel(seed: Tensor) -> bool:
+    """In eager mode on a GPU one launch replaces some 200; the compiler fuses them by itself."""
+    return seed.is_cuda and HAS_TRITON and not FORCE_REFERENCE and is_plain(seed)
 
 
 def _bits(
     seed: Tensor, rows: int, first: int, groups: int, stream: int, row_offset: int, salt: int | Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four int64 words for each of `groups` groups of four positions, from group `first` on: [rows, groups] each."""
-    if _is_plain(seed) and seed.device.type == "cpu":
+    if is_plain(seed) and seed.device.type == "cpu":
         # About 100 small calls: numpy's cost a third of torch's, and unlike torch it has 64-bit unsigned integers.
         value = int(seed)
         key = (value & _MASK, value >> 32 & _MASK)
@@ -201,6 +209,11 @@ def box_muller(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     theta = ((second ^ 2**31) - 2**31).to(torch.float32) * (math.pi / 2**31)
     radius = torch.sqrt(-2.0 * torch.log(u))
     return radius * torch.cos(theta), radius * torch.sin(theta)
+
+
+def unit(word: Tensor) -> Tensor:
+    """A uniform fp32 strictly between 0 and 1 from a 32-bit word (int64)."""
+    return (word >> 9).to(torch.float32) * 2.0**-23 + 2.0**-24
 
 
 def _check_block(rows: int, cols: int, stream: int, row_offset: int, salt: int | Tensor, col_offset: int) -> None:
@@ -252,7 +265,7 @@ def normal(
     stream = int(stream)
     _check_block(rows, cols, stream, row_offset, salt, col_offset)
     seed = as_seed(seed)
-    if _is_plain(seed) and seed.is_cuda and _triton_available():
+    if _has_kernel(seed):
         from genfast.kernels import philox
 
         return philox.fill_normal(seed, rows, cols, stream, row_offset, salt, col_offset)
@@ -283,16 +296,10 @@ def uniform(
     stream = int(stream)
     _check_block(rows, cols, stream, row_offset, salt, col_offset)
     seed = as_seed(seed)
-    if _is_plain(seed) and seed.is_cuda and _triton_available():
+    if _has_kernel(seed):
         from genfast.kernels import philox
 
         return philox.fill_uniform(seed, rows, cols, stream, row_offset, salt, col_offset)
     first, skip = divmod(col_offset, 4)
     words = _bits(seed, rows, first, -(-(skip + cols) // 4), stream, row_offset, salt)
-    return (_lanes(words, skip, cols) >> 9).to(torch.float32) * 2.0**-23 + 2.0**-24
-
-
-def _triton_available() -> bool:
-    from importlib.util import find_spec
-
-    return find_spec("triton") is not None
+    return unit(_lanes(words, skip, cols))

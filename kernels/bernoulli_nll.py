@@ -41,9 +41,9 @@ def _gradient(logit, t, miss, FAST: tl.constexpr):
 
 @triton.jit
 def _forward(
-    logits, x, partials, grad, rows, units, chunks, scale, logits_s, logits_c, x_s, x_c, grad_s, grad_c,
+    logits, x, partials, grad, rows, units, chunks, logits_s, logits_c, x_s, x_c, grad_s, grad_c,
     LOGITS: tl.constexpr, X: tl.constexpr, GRAD: tl.constexpr, UINT8: tl.constexpr, WITH_GRAD: tl.constexpr,
-    CHANNELS: tl.constexpr, VEC: tl.constexpr, R: tl.constexpr, C: tl.constexpr, FAST: tl.constexpr,
+    MEAN: tl.constexpr, CHANNELS: tl.constexpr, VEC: tl.constexpr, R: tl.constexpr, C: tl.constexpr, FAST: tl.constexpr,
 ):
     row, chunk = tile_rows(rows, chunks, R)
     mask = tile_mask(row, rows, chunk, units, VEC, R, C)
@@ -54,7 +54,10 @@ def _forward(
     nll = tl.fma(tl.abs(logit), miss, log1p_unit(t))
     tl.store(partials + row * chunks + chunk, tl.sum(nll, axis=1, keep_dims=True), mask=row < rows)
     if WITH_GRAD:
-        value = _gradient(logit, t, miss, FAST) * tl.full([], scale, tl.float32)
+        value = _gradient(logit, t, miss, FAST)
+        if MEAN:
+            # From the number of rows: Inductor types a scalar that depends on a symbolic batch as an integer.
+            value *= 1.0 / tl.full([], rows // CHANNELS, tl.float32)
         at = locate(row, chunk, grad_s, grad_c, GRAD, CHANNELS, VEC, C)
         tl.store(grad + at, value.to(grad.dtype.element_ty), mask=mask)
 
@@ -84,23 +87,23 @@ def _rescale(x, factor, n, C: tl.constexpr):
         tl.store(x + at, value.to(x.dtype.element_ty), mask=at < n)
 
 
-def _start(logits: Tensor, x: Tensor, scale: float | None):
+def _start(logits: Tensor, x: Tensor, with_grad: bool, mean: bool):
     tiling, (logits, x) = tile(logits, x)
     partials = tiling.partials(logits)
-    grad = logits if scale is None else tiling.empty(logits.shape, logits)
+    grad = tiling.empty(logits.shape, logits) if with_grad else logits
     places = [tiling.strides(tensor) for tensor in (logits, x, grad)]
     launch(
         _forward, tiling.grid, logits, x, partials, grad, tiling.rows, tiling.units, tiling.chunks,
-        0.0 if scale is None else scale, *(step for s, c, _ in places for step in (s, c)),
+        *(step for s, c, _ in places for step in (s, c)),
         **dict(zip(("LOGITS", "X", "GRAD"), (p for _, _, p in places), strict=True)),
-        UINT8=x.dtype == torch.uint8, WITH_GRAD=scale is not None, **tiling.constexprs(),
+        UINT8=x.dtype == torch.uint8, WITH_GRAD=with_grad, MEAN=mean, **tiling.constexprs(),
     )
     return tiling, partials, grad
 
 
 def forward(logits: Tensor, x: Tensor) -> Tensor:
     """nll fp32 [B]."""
-    tiling, partials, _ = _start(logits, x, None)
+    tiling, partials, _ = _start(logits, x, False, False)
     return tiling.total(partials)
 
 
@@ -118,10 +121,11 @@ def backward(logits: Tensor, x: Tensor, grad_nll: Tensor) -> Tensor:
     return grad
 
 
-def forward_with_grad(logits: Tensor, x: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """scale times the sum over the whole batch (fp32 scalar), and its gradient, in one pass."""
-    _, partials, grad = _start(logits, x, scale)
-    return partials.sum() * scale, grad
+def forward_with_grad(logits: Tensor, x: Tensor, mean: bool) -> tuple[Tensor, Tensor]:
+    """The sum over the whole batch or its mean over the samples (fp32 scalar), and its gradient, in one pass."""
+    _, partials, grad = _start(logits, x, True, mean)
+    total = partials.sum()
+    return total / logits.shape[0] if mean else total, grad
 
 
 def rescale(x: Tensor, factor: Tensor) -> None:

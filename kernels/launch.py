@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+from genfast._environment import INTERPRETED
+from genfast.random import is_plain
 
 # 16 elements a thread at 4 warps: enough bytes in flight for HBM, and Philox's fixed work is shared by four lanes.
 TILE = 2048
@@ -45,10 +45,15 @@ def launch(kernel, grid: int, *args, **constexprs) -> None:
     if "FAST" in kernel.arg_names:
         # PTX exists on CUDA alone; the interpreter and ROCm take the portable branch.
         constexprs["FAST"] = not INTERPRETED and torch.version.hip is None
-    started = kernel if INTERPRETED else wrap_triton(kernel)
-    # A traced launch does not take the option; the kernels spell out the fused products that accuracy rests on.
-    options = OPTIONS if started is kernel and not INTERPRETED else {"num_warps": WARPS}
-    started[(grid,)](*args, **constexprs, **options)
+    if INTERPRETED:
+        kernel[(grid,)](*args, **constexprs)
+    elif is_plain(args[0]):
+        # Triton launches on the current device, whatever device its arguments are on.
+        with torch.cuda.device_of(args[0]):
+            kernel[(grid,)](*args, **constexprs, **OPTIONS)
+    else:
+        # A traced launch does not take the other option; accuracy rests on products fused by name, in the kernels.
+        wrap_triton(kernel)[(grid,)](*args, **constexprs, num_warps=WARPS)
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,10 @@ class Tiling:
         """An output of `like`'s dtype in the layout that this tiling writes best: contiguous or channels_last."""
         if self.channels == 1:
             return torch.empty(shape, dtype=like.dtype, device=like.device)
+        if type(like) is not Tensor or torch.compiler.is_compiling():
+            # torch 2.11 merges equal calls of empty_strided in a trace, and then copies what is written twice.
+            last = torch.empty((shape[0], *shape[2:], shape[1]), dtype=like.dtype, device=like.device)
+            return last.movedim(-1, 1)
         strides, step = [1] * len(shape), shape[1]
         for dim in range(len(shape) - 1, 1, -1):
             strides[dim], step = step, step * shape[dim]
@@ -186,13 +195,16 @@ def _tile(tensors: list[Tensor], size: int) -> tuple[Tiling, list[Tensor]]:
     if not by_channel:
         channels, inner = 1, channels * inner
     vec = 16
+    while inner % vec:
+        vec //= 2
     for x in direct:
         sample, channel, _ = _split(x)
         column = _split(x)[2] if by_channel else _flat(x)
-        steps = (sample, channel, inner) if by_channel else (sample, inner)
+        steps = (sample, channel) if by_channel else (sample,)
         while column == 1 and any(step % vec for step in steps):
             vec //= 2
-    block_cols = block(inner, size)
+    # By channel a tile spans up to 16 of them: neighbours in memory, where the layout is channels_last.
+    block_cols = block(inner, size // block(channels, 16) if by_channel else size)
     return Tiling(batch, channels, inner, vec, size // block_cols, block_cols), direct
 
 
@@ -216,13 +228,14 @@ def locate(
     row, chunk, sample_stride, channel_stride,
     COLUMN: tl.constexpr, CHANNELS: tl.constexpr, VEC: tl.constexpr, C: tl.constexpr,
 ):
-    """Offsets [R, C] of the tile's elements: 64 bits for the row and chunk, 32 within."""
+    """Offsets [R, C] of the tile's elements: 64 bits, but for 32 within contiguous columns."""
     unit: tl.constexpr = VEC if COLUMN == 1 else 1
     if CHANNELS == 1:
         start = row * sample_stride * unit
     else:
         start = (row // CHANNELS) * sample_stride * unit + (row % CHANNELS) * channel_stride * unit
-    return start + chunk * C * COLUMN + (tl.arange(0, C) * COLUMN)[None, :]
+    within = tl.arange(0, C) if COLUMN < 2 else tl.arange(0, C).to(tl.int64)
+    return start + chunk * C * COLUMN + (within * COLUMN)[None, :]
 
 
 @triton.jit

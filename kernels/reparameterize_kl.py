@@ -96,7 +96,8 @@ def _backward(
     at = locate(row, chunk, out_s, out_c, OUT, CHANNELS, VEC, C)
     tl.store(grad_mu + at, to_mu.to(grad_mu.dtype.element_ty), mask=mask)
     if PACKED:
-        grad_logvar = grad_mu + packed_offset * (VEC if OUT == 1 else 1)
+        # From constants where they are known, so that the compiler sees how the second half is aligned.
+        grad_logvar = grad_mu + (packed_offset * VEC if CHANNELS == 1 else CHANNELS * out_c)
     tl.store(grad_logvar + at, to_logvar.to(grad_mu.dtype.element_ty), mask=mask)
 
 
@@ -135,7 +136,7 @@ def backward(
     tiling, (mu, logvar, eps, grad_z) = tile(mu, logvar, eps, grad_z)
     if packed:
         grads = (tiling.empty((mu.shape[0], 2 * mu.shape[1], *mu.shape[2:]), mu),)
-        first, packed_offset = grads[0].narrow(1, 0, mu.shape[1]), mu.shape[1] * grads[0].stride(1)
+        first, packed_offset = grads[0].narrow(1, 0, mu.shape[1]), tiling.units
     else:
         grads = (tiling.empty(mu.shape, mu), tiling.empty(mu.shape, mu))
         first, packed_offset = grads[0], 0
@@ -147,7 +148,7 @@ def backward(
         _backward, tiling.grid, mu, logvar, noise, mu if seed is None else seed, upstream,
         mu if grad_kl is None else grad_kl, grads[0], mu if packed else grads[1],
         tiling.rows, tiling.units, tiling.chunks, row_offset, *scalars,
-        packed_offset // tiling.vec if out_p == 1 else packed_offset,
+        packed_offset,
         *(step for s, c, _ in places for step in (s, c)), 0 if grad_kl is None else grad_kl.stride(0), out_s, out_c,
         **dict(zip(("MU", "LOGVAR", "EPS", "GRAD_Z"), (p for _, _, p in places), strict=True)), OUT=out_p,
         STREAM=int(Stream.LATENT), HAS_EPS=eps is not None, HAS_GRAD_Z=grad_z is not None,

@@ -6,7 +6,9 @@ TRITON_INTERPRET=1) and on CUDA where there is a GPU.
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -21,6 +23,7 @@ from genfast.cases import DTYPES, Case, Inputs, Outputs, Tolerance, differentiab
 from genfast.check import path_taken
 from genfast.functional._register import INTERPRETED
 
+LAYOUTS = ["transposed", "sliced", "skipped", "expanded", "flat", "channels_last", "offset"]
 # Around the edges of groups of 4 (Philox), of the tiles of 2048 and 4096, and shapes that users have.
 SHAPES = [
     (1, 1), (2, 3), (3, 4), (2, 5), (7, 20), (128, 20), (5, 784), (2, 2047), (2, 2048), (1, 2049), (1, 4097),
@@ -112,8 +115,8 @@ class OpMatrix:
             for (name, leaf), grad in zip(leaves.items(), want, strict=True):
                 check(allowed(case, torch.float32, device), leaf.grad, grad, name)
 
-    @pytest.mark.parametrize("layout", ["transposed", "sliced", "skipped", "expanded", "channels_last", "offset"])
-    @pytest.mark.parametrize("shape", [(6, 8, 4, 4), (6, 4, 3, 5)], ids=str)
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("shape", [(6, 8, 4, 4), (6, 4, 3, 5), (3, 4, 4, 5), (2, 6, 14, 14)], ids=str)
     @pytest.mark.usefixtures("poisoned")
     def test_any_strides(self, case, layout, shape, device):
         """Inputs and incoming gradients of every layout give what contiguous ones give."""
@@ -122,10 +125,12 @@ class OpMatrix:
         if layout == "expanded":
             inputs = {name: x[:1].expand(x.shape) for name, x in inputs.items()}
             grads = [grad.flatten()[0].expand(grad.shape) for grad in grads]
+        if layout == "flat":
+            inputs = {name: x[..., :1].expand(x.shape) for name, x in inputs.items()}
         plain = {name: x.contiguous() for name, x in inputs.items()}
         want = run(case, "exact", plain, [grad.contiguous() for grad in grads])
         strided = {name: _laid_out(x, layout) for name, x in inputs.items()}
-        assert layout == "expanded" or all(torch.equal(x, plain[name]) for name, x in strided.items())
+        assert layout in ("expanded", "flat") or all(torch.equal(x, plain[name]) for name, x in strided.items())
         got = run(case, "fused", strided, [_laid_out(grad, layout) for grad in grads])
         assert_close(case, got, want, torch.float32, device)
 
@@ -194,6 +199,7 @@ class OpMatrix:
         outputs = case.fused({**inputs, **leaves})
         grads = [torch.full_like(out, 0.5) for out in outputs]
         first = torch.autograd.grad(outputs, list(leaves.values()), grads, retain_graph=True)
+        assert not any(grad.requires_grad for grad in first)
         kept = [grad.clone() for grad in first]
         second = torch.autograd.grad(outputs, list(leaves.values()), [2 * grad for grad in grads])
         for one, copy, two in zip(first, kept, second, strict=True):
@@ -337,10 +343,22 @@ class OpMatrix:
         assert all(torch.equal(a, b) for a, b in zip(got[0], want[0], strict=True))
         assert all(torch.equal(got[1][name], want[1][name]) for name in want[1])
 
+    def test_nothing_waits_for_the_cyclic_collector(self, case, device):
+        """A result that is dropped without a backward frees its graph at once."""
+        inputs = make(case, (6, 20), torch.float32, device)
+        leaves = {name: inputs[name].clone().requires_grad_() for name in differentiable(inputs)}
+        gc.collect()
+        gc.disable()
+        try:
+            node = weakref.ref(case.fused({**inputs, **leaves})[0].grad_fn)
+            assert node() is None
+        finally:
+            gc.enable()
+
 
 def _laid_out(x: Tensor, layout: str) -> Tensor:
     """The same values (but for "expanded", already so) in other strides."""
-    if x.dim() < 2 or layout == "expanded":
+    if x.dim() < 2 or layout in ("expanded", "flat"):
         if layout == "sliced" and x.dim() == 1:
             return torch.stack([x, x + 1], 1)[:, 0]
         return x

@@ -8,7 +8,7 @@ import pytest
 import scipy.stats
 import torch
 
-from genfast.random import Stream, as_seed, box_muller, derive_seed, new_seed, normal, philox4x32, uniform
+from genfast.random import Stream, as_seed, box_muller, derive_seed, new_seed, normal, philox4x32, uniform, unit
 
 MASK = 0xFFFFFFFF
 # Random123's kat_vectors for philox4x32 with 10 rounds: counter, key, result.
@@ -141,9 +141,9 @@ def test_tails_are_reachable_and_never_infinite():
 
 def test_uniform_never_reaches_zero_or_one():
     """The extreme words of the definition ((bits >> 9) + 0.5) 2^-23."""
-    for bits in (0, MASK):
-        u = torch.tensor(bits >> 9).to(torch.float32) * 2.0**-23 + 2.0**-24
-        assert 0.0 < u.item() < 1.0
+    lowest, highest = unit(torch.tensor([0, MASK])).tolist()
+    assert lowest == 2.0**-24
+    assert highest == 1.0 - 2.0**-24
 
 
 def _correlation(a: torch.Tensor, b: torch.Tensor) -> float:

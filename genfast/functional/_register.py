@@ -7,31 +7,41 @@ through to the reference, which Inductor fuses. Under TRITON_INTERPRET=1 it is o
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
-import importlib.util
 import inspect
 import logging
-import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_FORCE_REFERENCE = os.environ.get("GENFAST_REFERENCE") == "1"
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+from genfast._environment import FORCE_REFERENCE, HAS_TRITON, INTERPRETED
 
 _OPS: dict[str, Any] = {}
 
 
+def _source() -> str:
+    """A digest of all formulas: kernels, references and the noise."""
+    package = Path(__file__).parents[1]
+    files = [package / "random.py", *sorted(package.glob("kernels/*.py")), *sorted(package.glob("reference/*.py"))]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
+# An argument of every op: torch's cache of compiled graphs knows an op by its name and arguments alone, and would go on
+# running the formulas of an older version.
+_SOURCE = _source()
+
+
 def path(device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
     """("triton" | "reference", why) for a tensor of this device and dtype."""
-    if _FORCE_REFERENCE:
+    if FORCE_REFERENCE:
         return "reference", "GENFAST_REFERENCE=1"
     if dtype == torch.float64:
         return "reference", "kernels compute in fp32, the input is fp64"
-    if not _HAS_TRITON:
+    if not HAS_TRITON:
         return "reference", "Triton is not installed"
     if device.type == "cuda":
         return "triton", "CUDA device"
@@ -63,7 +73,24 @@ def _quiet_without_triton() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def register(name: str, module: str, function: str, mutates: tuple[str, ...] = ()) -> Callable[..., Any]:
+class Op:
+    """A registered operator, called and differentiated with the arguments of its reference."""
+
+    def __init__(self, definition: Any) -> None:
+        self._definition = definition
+
+    def __call__(self, *args: Any) -> Any:
+        return self._definition(*args, _SOURCE)
+
+    def register_autograd(self, backward: Callable[..., tuple], setup_context: Callable[..., None]) -> None:
+        """As `torch.library.register_autograd`, without the digest among inputs and gradients."""
+        self._definition.register_autograd(
+            lambda ctx, *grads: (*backward(ctx, *grads), None),
+            setup_context=lambda ctx, inputs, output: setup_context(ctx, inputs[:-1], output),
+        )
+
+
+def register(name: str, module: str, function: str, mutates: tuple[str, ...] = ()) -> Op:
     """Register ``genfast::name`` over ``function`` of ``genfast.kernels.module`` and of ``genfast.reference.module``.
 
     Both take the same arguments, and the reference's annotations are the schema; the first argument, a tensor, decides
@@ -72,6 +99,7 @@ def register(name: str, module: str, function: str, mutates: tuple[str, ...] = (
     reference = getattr(importlib.import_module(f"genfast.reference.{module}"), function)
 
     def body(*args: Any) -> Any:
+        args = args[:-1]
         if path(args[0].device, args[0].dtype)[0] == "reference":
             return reference(*args)
         return getattr(importlib.import_module(f"genfast.kernels.{module}"), function)(*args)
@@ -79,8 +107,9 @@ def register(name: str, module: str, function: str, mutates: tuple[str, ...] = (
     signature = inspect.signature(reference, eval_str=True)
     # Without defaults: the dispatcher leaves out trailing arguments that equal theirs.
     arguments = [p.replace(default=inspect.Parameter.empty) for p in signature.parameters.values()]
+    arguments.append(inspect.Parameter("source", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=str))
     body.__signature__ = signature.replace(parameters=arguments)
-    if INTERPRETED and _HAS_TRITON:
+    if INTERPRETED and HAS_TRITON:
         from genfast.kernels.launch import recording
 
         def fake(*args: Any) -> Any:
@@ -93,7 +122,7 @@ def register(name: str, module: str, function: str, mutates: tuple[str, ...] = (
         with _quiet_without_triton():
             op = torch.library.triton_op(f"genfast::{name}", body, mutates_args=mutates)
     _OPS[name] = op
-    return op
+    return Op(op)
 
 
 def is_traced(tensor: Tensor) -> bool:

@@ -33,26 +33,30 @@ _op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _setup_context_with_grad(ctx: Any, inputs: tuple, output: tuple) -> None:
-    logits, x, ctx.scale = inputs
+    logits, x, ctx.mean = inputs
     ctx.save_for_backward(logits, x)
     ctx.set_materialize_grads(False)
-    ctx.stored = output[1]
+    # Detached, or this node would hold its own output, and only the cyclic collector would free it.
+    ctx.stored = output[1].detach()
 
 
-def _backward_with_grad(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple:
+def _backward_with_grad(ctx: Any, grad_loss: Tensor | None, _: Tensor | None) -> tuple:
     if grad_loss is None:
         return None, None, None
+    logits, x = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        # A graph of the gradient is wanted: let it end in an op which says that it has no derivative.
+        per_sample = grad_loss / logits.shape[0] if ctx.mean else grad_loss
+        return _op_backward(logits, x, per_sample.expand(logits.shape[0])), None, None
     stored = ctx.stored
-    if is_traced(grad_loss):
-        return (stored * grad_loss).to(stored.dtype), None, None
-    if stored is None or torch.is_grad_enabled():
-        # The buffer went out with the first backward and may by now be somebody's .grad: compute it afresh. The same
-        # where a graph of the gradient is wanted, so that it ends in an op which says that it has no derivative.
-        logits, x = ctx.saved_tensors
-        return _op_backward(logits, x, (grad_loss * ctx.scale).expand(logits.shape[0])), None, None
-    ctx.stored = None
-    _op_rescale(stored, grad_loss)
-    return stored, None, None
+    if stored is not None and not is_traced(grad_loss):
+        ctx.stored = None
+        _op_rescale(stored, grad_loss)
+        return stored, None, None
+    if stored is None:
+        # The buffer went out with the first backward and may by now be somebody's .grad: compute it afresh.
+        stored = _op_with_grad(logits, x, ctx.mean)[1]
+    return (stored * grad_loss).to(stored.dtype), None, None
 
 
 _op_with_grad.register_autograd(_backward_with_grad, setup_context=_setup_context_with_grad)
@@ -96,6 +100,6 @@ def bernoulli_nll(logits: Tensor, x: Tensor, *, reduction: str = "none") -> Tens
     wanted = torch.is_grad_enabled() and logits.requires_grad and not x.requires_grad and logits.shape[0] > 0
     # In fp16 a gradient divided by the batch size, and not yet times the loss scale, would underflow.
     if wanted and logits.dtype != torch.float16:
-        return _op_with_grad(logits, x, 1.0 if reduction == "sum" else 1.0 / logits.shape[0])[0]
+        return _op_with_grad(logits, x, reduction == "mean")[0]
     nll = _op(logits, x)
     return nll.sum() if reduction == "sum" else nll.mean()

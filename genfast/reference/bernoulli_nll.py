@@ -39,10 +39,13 @@ def backward(logits: Tensor, x: Tensor, grad_nll: Tensor) -> Tensor:
     return (rows_like(grad_nll.to(t.dtype), t) * _gradient(positive, t, miss)).to(logits.dtype)
 
 
-def forward_with_grad(logits: Tensor, x: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """scale times the sum over the whole batch, and its gradient."""
+def forward_with_grad(logits: Tensor, x: Tensor, mean: bool) -> tuple[Tensor, Tensor]:
+    """The sum over the whole batch, or its mean over the samples, and its gradient."""
     positive, size, t, miss = _parts(logits, x)
-    return _nll(size, t, miss).sum() * scale, (_gradient(positive, t, miss) * scale).to(logits.dtype)
+    total, gradient = _nll(size, t, miss).sum(), _gradient(positive, t, miss)
+    if mean:
+        total, gradient = total / logits.shape[0], gradient / logits.shape[0]
+    return total, gradient.to(logits.dtype)
 
 
 def rescale(x: Tensor, factor: Tensor) -> None:

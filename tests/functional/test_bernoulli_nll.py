@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import mpmath
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 
 from genfast.cases import cases
@@ -78,6 +81,15 @@ def test_stored_gradient_is_scaled_by_what_comes_in(factor, device):
     stored, logits.grad = logits.grad, None
     (factor * bernoulli_nll(logits, x).mean()).backward()
     torch.testing.assert_close(stored, logits.grad, rtol=1e-6, atol=1e-9)
+
+
+def test_the_mean_compiles_once_for_every_batch_size(device):
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    mean = functools.partial(bernoulli_nll, reduction="mean")
+    compiled = torch.compile(mean, backend=counter, fullgraph=True)
+    for batch in (8, 16, 24, 40):
+        compiled(torch.randn(batch, 30, device=device, requires_grad=True), torch.rand(batch, 30, device=device))
+    assert counter.frame_count == 2
 
 
 def test_no_gradient_is_computed_where_none_is_wanted(device):
