@@ -33,10 +33,12 @@ def _torch(rows: int, cols: int) -> Callable[[], Tensor]:
 
 
 @pytest.mark.parametrize("shape", [(128, 20), (128, 784)], ids=lambda shape: "x".join(map(str, shape)))
-@pytest.mark.parametrize("chain", [_ours, _compiled, _torch], ids=["genfast", "genfast compiled", "torch.randn"])
-def test_noise(benchmark: BenchmarkFixture, chain: Callable[..., Callable[[], Tensor]], shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("source", [_ours, _compiled, _torch], ids=["genfast", "genfast compiled", "torch.randn"])
+def test_noise(
+    benchmark: BenchmarkFixture, source: Callable[..., Callable[[], Tensor]], shape: tuple[int, int]
+) -> None:
     torch._dynamo.reset()
-    draw = chain(*shape)
+    draw = source(*shape)
 
     def finished() -> None:
         draw()

@@ -58,7 +58,8 @@ def explain_path(device: torch.device | str | None = None) -> dict[str, tuple[st
         ('reference', 'cpu device')
     """
     device = torch.device(device) if device is not None else torch.get_default_device()
-    return {name: path(device) for name in sorted(_OPS) if not name.endswith(("_backward", "_rescale"))}
+    parts = ("_backward", "_rescale", "_with_grad")
+    return {name: path(device) for name in sorted(_OPS) if not name.endswith(parts)}
 
 
 @contextlib.contextmanager
