@@ -53,3 +53,19 @@ def test_tiles_of_16_bit_data_hold_the_same_noise(half):
     want = random.normal(9, 3, 4100, random.Stream.LATENT)
     tolerance = TOLERANCES["interpreted" if INTERPRETED else "triton"][dtype]
     assert tolerance.excess(z.cpu(), want) <= 1
+
+
+def test_chosen_words_reach_the_tails_and_the_middle():
+    """Smallest and largest words, and those around the switch of formulas next to u = 1, as in PyTorch."""
+    from tests.philox_probe import probe
+
+    switch = int(0.99951171875 * 2**32)
+    words = [0, 1, 2**31 - 1, 2**31, switch - 512, switch + 512, 2**32 - 300, 2**32 - 1]
+    first = torch.tensor(words).repeat_interleave(8)
+    second = torch.tensor([0, 1, 2**30, 2**31 - 1, 2**31, 2**31 + 1, 3 * 2**30, 2**32 - 1]).repeat(8)
+    got = [torch.empty(64, device=DEVICE) for _ in range(2)]
+    probe[(1,)](first.to(DEVICE), second.to(DEVICE), *got, FAST=not INTERPRETED and torch.version.hip is None, N=64)
+    tolerance = TOLERANCES["interpreted" if INTERPRETED else "triton"][torch.float32]
+    for actual, want in zip(got, random.box_muller(first, second), strict=True):
+        assert tolerance.excess(actual.cpu(), want) <= 1
+    assert torch.hypot(*got).max() > 6.7

@@ -38,12 +38,20 @@ def non_negative(name: str, value: float) -> None:
         raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
 
 
+def row_index(name: str, value: int) -> None:
+    """An int that is not below zero, possibly a symbolic one."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < 0:
+        raise ValueError(f"{name}: expected an int >= 0, got {value}")
+
+
 def interval(name: str, clamp: Sequence[float] | None) -> list[float] | None:
     """None, or (lo, hi) with lo < hi as a list of floats."""
     if clamp is None:
         return None
-    if not isinstance(clamp, Sequence) or len(clamp) != 2:
-        raise ValueError(f"{name}: expected None or a pair (lo, hi), got {clamp!r}")
+    if not isinstance(clamp, Sequence) or len(clamp) != 2 or not all(isinstance(x, (int, float)) for x in clamp):
+        raise ValueError(f"{name}: expected None or a pair of numbers (lo, hi), got {clamp!r}")
     lo, hi = (float(bound) for bound in clamp)
     if not lo < hi:
         raise ValueError(f"{name}: expected lo < hi, got {clamp!r}")

@@ -46,7 +46,7 @@ def resolve_noise(
     latent: Tensor, seed: int | Tensor | None, eps: Tensor | None, row_offset: int
 ) -> tuple[Tensor | None, Tensor | None]:
     """(seed, eps) for the op, exactly one of them not None."""
-    _checks.non_negative("row_offset", row_offset)
+    _checks.row_index("row_offset", row_offset)
     if eps is None:
         return random.as_seed(seed, latent.device), None
     if seed is not None:

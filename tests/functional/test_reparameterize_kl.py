@@ -118,11 +118,13 @@ def test_mixed_dtypes_are_promoted(device):
         ({"seed": torch.zeros(2, dtype=torch.int64)}, ValueError, "seed: expected a tensor of one element, got"),
         ({"seed": torch.zeros(1)}, TypeError, "seed: expected an int64 tensor, got torch.float32"),
         ({"seed": 2**64}, ValueError, "seed: expected an int of at most 64 bits"),
-        ({"row_offset": -1}, ValueError, "row_offset: expected a finite number >= 0, got -1"),
+        ({"row_offset": -1}, ValueError, "row_offset: expected an int >= 0, got -1"),
+        ({"row_offset": 1.5}, TypeError, "row_offset: expected an int, got float"),
         ({"free_bits": -0.5}, ValueError, "free_bits: expected a finite number >= 0, got -0.5"),
         ({"free_bits": float("nan")}, ValueError, "free_bits: expected a finite number >= 0, got nan"),
         ({"clamp": (1.0, -1.0)}, ValueError, "clamp: expected lo < hi"),
-        ({"clamp": 3.0}, ValueError, r"clamp: expected None or a pair \(lo, hi\), got 3.0"),
+        ({"clamp": 3.0}, ValueError, r"clamp: expected None or a pair of numbers \(lo, hi\), got 3.0"),
+        ({"clamp": [1, "a"]}, ValueError, r"clamp: expected None or a pair of numbers \(lo, hi\), got \[1, 'a'\]"),
     ],
 )
 def test_bad_input(change, error, message):
