@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import platform
 import sys
+import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -17,12 +20,13 @@ from torch import Tensor
 
 import genfast
 from genfast import random, report, training
+from genfast._files import replacing
 from genfast.models import registry
 
 __all__ = ["ClickException", "app"]
 
 # Older versions of typer take it from click, newer ones have their own.
-ClickException = typer.BadParameter.__mro__[2]
+ClickException = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 app = typer.Typer(
     help="Generative models with fused kernels: train, look, measure.", add_completion=False, rich_markup_mode=None
@@ -30,11 +34,18 @@ app = typer.Typer(
 
 _RUN_FILES = (
     "run.json", "config.json", "model.safetensors", "metrics.jsonl", "samples.png", "reconstructions.png",
-    "curves.png", "manifold.png", "interpolation.png", "evaluation.json",
+    "curves.png", "manifold.png", "interpolation.png", "evaluation.json", "samples-*.png",
 )  # fmt: skip
 # Without --epochs: this many images in all, within these bounds.
 _IMAGES_SEEN = 250_000
 _EPOCHS = (10, 100)
+
+
+def _seed(value: int) -> int:
+    if not -(2**63) <= value < 2**64:
+        raise typer.BadParameter(f"expected at most 64 bits, got {value}")
+    return value
+
 
 Device = Annotated[str, typer.Option(help="auto (a CUDA GPU if there is one), cpu, cuda, cuda:1, ...")]
 Data = Annotated[str | None, typer.Option(help=f"{', '.join(training.DATASETS)} or a folder of images.")]
@@ -72,7 +83,7 @@ def train(
     beta: Annotated[float | None, typer.Option(help="Weight of the KL term in training.")] = None,
     free_bits: Annotated[float | None, typer.Option(help="Nats per latent dimension that cost nothing.")] = None,
     fused: Annotated[bool | None, typer.Option(help="Fused ops, or the ordinary PyTorch chain.")] = None,
-    seed: Annotated[int, typer.Option(help="Of initial weights, order and noise.")] = 0,
+    seed: Annotated[int, typer.Option(callback=_seed, help="Of initial weights, order and noise.")] = 0,
     device: Device = "auto",
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile the forward pass and the loss.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; default: a new one in runs/.")] = None,
@@ -93,8 +104,7 @@ def train(
     if not (lr > 0 and math.isfinite(lr)):
         raise ValueError(f"--lr: expected a positive number, got {lr}")
     where = _device(device)
-    if out is not None:
-        _check_out(out, overwrite)
+    _check_out(out, overwrite)
 
     splits = training.load_dataset(data, data_root, image_size)
     train_data = training.DeviceDataset(splits.train, where, binarize)
@@ -107,7 +117,7 @@ def train(
     if epochs is None:
         epochs = min(max(math.ceil(_IMAGES_SEEN / len(train_data)), _EPOCHS[0]), _EPOCHS[1])
 
-    folder = _open_run(out, f"{family}-{splits.name}")
+    folder = _make_folder(out, f"{family}-{splits.name}")
     # A named set's location may be anywhere; a folder of images must be found again from any working directory.
     source = data if data in training.DATASETS else str(Path(data).resolve())
     settings = {
@@ -140,11 +150,14 @@ def train(
         if all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
             run.save(model, history)
     except FloatingPointError as error:
-        run.write_settings("diverged")
         kept = f"the model after epoch {len(history)} is in {folder}" if history else "there is no model to keep"
+        if run.old:
+            kept = f"{folder} still holds the run that it held"
+        run.write_settings("diverged")
         raise FloatingPointError(f"{error}; {kept}") from error
     run.write_settings(status)
-    _write_pictures(model, test_data, folder, history, title=f"{family}, {splits.name}", seed=seed)
+    if not run.old:
+        _write_pictures(model, test_data, folder, history, title=f"{family}, {splits.name}", seed=seed)
     print(f"{status}: {folder}")
     if status == "interrupted":
         raise typer.Exit(130)
@@ -155,7 +168,7 @@ def sample(
     run: Run,
     n: Annotated[int, typer.Option("--n", "-n", min=1, help="How many images.")] = 64,
     mode: Annotated[str, typer.Option(help="mean, or bernoulli to draw the pixels.")] = "mean",
-    seed: Annotated[int, typer.Option(help="Image i depends on the seed and i alone.")] = 0,
+    seed: Annotated[int, typer.Option(callback=_seed, help="Image i depends on the seed and i alone.")] = 0,
     device: Device = "auto",
     out: Annotated[Path | None, typer.Option(help="PNG to write; default: RUN/samples-SEED.png.")] = None,
 ) -> None:
@@ -179,7 +192,7 @@ def evaluate(
     k: Annotated[int, typer.Option("--k", "-k", min=0, help="Importance samples per image; 0: the ELBO alone.")] = 500,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first images of the test set.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 128,
-    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    seed: Annotated[int, typer.Option(callback=_seed, help="Of the noise.")] = 0,
     device: Device = "auto",
 ) -> None:
     """ELBO and importance-weighted log-likelihood of the test set, in nats per image; the run's own data by default."""
@@ -198,12 +211,14 @@ def evaluate(
     result |= training.evaluate(model, test_data, batch_size=batch_size, seed=seed)
     if k and hasattr(model, "log_prob"):
         result |= {"k": k, **_log_likelihood(model, test_data, k, batch_size, seed)}
-    with report.replacing(run / "evaluation.json") as temporary:
-        temporary.write_text(json.dumps(result, indent=2) + "\n")
     for name, value in result.items():
         print(f"{name:>16}  {f'{value:.3f}' if isinstance(value, float) else value}")
-    if binarize == "none" and "log_likelihood" in result:
+    bernoulli = getattr(model, "likelihood", None) == "bernoulli"
+    if binarize == "none" and bernoulli and "log_likelihood" in result:
         print("The pixels are grey: under a Bernoulli these nats compare with no others than such of grey pixels.")
+    # After the printing: a folder that cannot be written loses nothing.
+    with replacing(run / "evaluation.json") as temporary:
+        temporary.write_text(json.dumps(result, indent=2) + "\n")
 
 
 @app.command()
@@ -257,9 +272,10 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _check_out(out: Path, overwrite: bool) -> None:
-    """Raise unless `out` is free, or is a run that may be replaced."""
-    if not out.exists():
+def _check_out(out: Path | None, overwrite: bool) -> None:
+    """Raise unless `out` can be written, and is free or a run that may be replaced."""
+    _check_writable(out or Path("runs"))
+    if out is None or not out.exists():
         return
     if not out.is_dir():
         raise ValueError(f"--out: {out} is a file")
@@ -271,13 +287,23 @@ def _check_out(out: Path, overwrite: bool) -> None:
         raise ValueError(f"--out: {out} holds a run; name another folder, or add --overwrite")
 
 
-def _open_run(out: Path | None, name: str) -> Path:
-    """Make the run's folder, emptied of a run that it held."""
+def _check_writable(folder: Path) -> None:
+    """Raise unless a file can be made in `folder`, or in what there is of the way to it."""
+    try:
+        nearest = next(path for path in (folder, *folder.parents) if path.exists())
+        if nearest.is_dir():
+            tempfile.TemporaryFile(dir=nearest).close()
+        elif nearest != folder:
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    except OSError as error:
+        raise ValueError(f"--out: cannot write to {folder} ({error.strerror})") from error
+
+
+def _make_folder(out: Path | None, name: str) -> Path:
+    """The run's folder: `out`, or a new one in runs/."""
     try:
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
-            for file in _RUN_FILES:
-                (out / file).unlink(missing_ok=True)
             return out
         for number in count(1):
             folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
@@ -289,19 +315,28 @@ def _open_run(out: Path | None, name: str) -> Path:
     raise AssertionError("unreachable")
 
 
-class _RunFolder(NamedTuple):
-    """The files of a run that change while it trains."""
+class _RunFolder:
+    """The files of a run that change while it trains; a run that the folder held stays whole until the first `save`."""
 
-    folder: Path
-    settings: dict[str, Any]
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        self.folder, self.settings = folder, settings
+        self.old = [path for pattern in _RUN_FILES for path in folder.glob(pattern)]
 
     def write_settings(self, status: str) -> None:
-        with report.replacing(self.folder / "run.json") as temporary:
+        if self.old:
+            return
+        with replacing(self.folder / "run.json") as temporary:
             temporary.write_text(json.dumps({**self.settings, "status": status}, indent=2) + "\n")
 
     def save(self, model: torch.nn.Module, history: list[dict[str, float]]) -> None:
         model.save_pretrained(self.folder)
-        with report.replacing(self.folder / "metrics.jsonl") as temporary:
+        if self.old:
+            for path in self.old:
+                if path.name not in ("config.json", "model.safetensors"):
+                    path.unlink(missing_ok=True)
+            self.old = []
+            self.write_settings("running")
+        with replacing(self.folder / "metrics.jsonl") as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in history))
 
 
@@ -345,7 +380,9 @@ def _write_pictures(
 def _log_likelihood(
     model: torch.nn.Module, data: training.DeviceDataset, k: int, batch_size: int, seed: int
 ) -> dict[str, float]:
-    """Mean of log p(x) over the images, and its standard error over them."""
+    """Mean of log p(x) over the images, and its standard error over them if they are several."""
+    # That of the ELBO: both are of the same pixels.
+    seed = training.evaluation_seed(seed)
     noise_seed = random.as_seed(seed, data.device)
     values: list[Tensor] = []
     done = 0
@@ -355,5 +392,7 @@ def _log_likelihood(
         if sys.stdout.isatty():
             print(f"\r{done:,} / {len(data):,} images", end="\r" if done < len(data) else "\n", flush=True)
     log_prob = torch.cat(values).double()
-    error = float(log_prob.std(correction=0)) / math.sqrt(len(log_prob))
-    return {"log_likelihood": float(log_prob.mean()), "standard_error": error}
+    result = {"log_likelihood": float(log_prob.mean())}
+    if len(log_prob) > 1:
+        result["standard_error"] = float(log_prob.std()) / math.sqrt(len(log_prob))
+    return result

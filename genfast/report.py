@@ -1,41 +1,20 @@
-"""Pictures of a model and of its training, and files that are complete or absent, never half written."""
+"""Pictures of a model and of its training."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["replacing", "save_curves", "save_grid", "save_pairs"]
+from genfast._files import replacing
+
+__all__ = ["save_curves", "save_grid", "save_pairs"]
 
 _GAP = 2
 _TILE = 56
-
-
-@contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path beside `path`, with the same ending, which takes the name `path` when the block succeeds.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     with replacing(Path(folder) / "note.txt") as temporary:
-        ...         _ = temporary.write_text("whole")
-        ...     print(sorted(path.name for path in Path(folder).iterdir()))
-        ['note.txt']
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_grid(images: Tensor, path: str | os.PathLike[str], columns: int | None = None, gap: int = _GAP) -> None:

@@ -182,6 +182,7 @@ def test_default_folders_are_new_each_time(capsys, tmp_path, images, monkeypatch
 
 def test_overwrite_replaces_the_whole_run(capsys, tmp_path, images):
     succeeds(capsys, "train", "vae", "--data", images, "--epochs", 2, "--latent-dim", 2, "--out", tmp_path)
+    succeeds(capsys, "sample", tmp_path, "-n", 4)
     before = contents(tmp_path)
     assert "--overwrite" in fails(capsys, "train", "vae", "--data", images, "--epochs", 1, "--out", tmp_path)
     assert contents(tmp_path) == before
@@ -252,6 +253,12 @@ def test_an_error_through_the_real_command(tmp_path):
         (["train", "vae", "--preset", "transformer"], "preset"),
         (["train", "vae", "--likelihood", "poisson"], "likelihood"),
         (["train", "vae", "--free-bits", "-1"], "free_bits"),
+        (["train", "vae", "--free-bits", "-1", "--no-fused"], "free_bits"),
+        (["train", "vae", "--beta", "nan"], "beta: expected a finite number, got nan"),
+        (["train", "vae", "--beta", "inf", "--no-fused"], "beta: expected a finite number, got inf"),
+        (["train", "vae", "--seed", str(2**64)], f"'--seed': expected at most 64 bits, got {2**64}"),
+        (["sample", "nonesuch", "--seed", str(-(2**63) - 1)], "'--seed': expected at most 64 bits"),
+        (["evaluate", "nonesuch", "--seed", str(2**64)], "'--seed': expected at most 64 bits"),
         (["train", "ae", "--beta", "2"], "--beta is not an option of the family ae"),
         (["train", "vae", "--device", "abacus"], "--device: abacus cannot be used here"),
         (["sample", "nonesuch"], "RUN: expected the folder of a run, got nonesuch"),
@@ -379,7 +386,7 @@ def test_evaluate_with_data_of_another_size(capsys, saved, tmp_path):
 def test_sample_out_must_be_a_picture_that_can_be_written(capsys, saved, tmp_path):
     assert "--out: expected a name that ends in .png" in fails(capsys, "sample", saved, "--out", tmp_path / "x.txt")
     line = fails(capsys, "sample", saved, "--out", tmp_path / "absent" / "x.png")
-    assert "absent" in line
+    assert str(tmp_path / "absent" / "x.png") in line
     assert "mode" in fails(capsys, "sample", saved, "--mode", "loud")
 
 
@@ -406,5 +413,71 @@ def test_without_the_train_extra(tmp_path):
     )
     assert done.returncode == 2
     assert done.stderr == (
-        "error: the command line needs typer, of the [train] extra: pip install 'genfast[train]'\n"
+        "error: the command line needs typer, of the [train] extra: pip install -e '.[train]'\n"
     )
+
+
+def test_a_failed_run_does_not_replace_a_good_one(capsys, tmp_path, images):
+    succeeds(capsys, "train", "vae", "--data", images, "--epochs", 1, "--out", tmp_path)
+    before = contents(tmp_path)
+    options = ("--epochs", 3, "--lr", 1e20, "--out", tmp_path, "--overwrite")
+    assert "still holds the run" in fails(capsys, "train", "vae", "--data", images, *options, code=1)
+    assert contents(tmp_path) == before
+
+
+def test_an_existing_folder_that_cannot_be_written_is_found_first(capsys, tmp_path, monkeypatch):
+    # The working folder, removed: even root can make no file in it.
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    line = fails(capsys, "train", "vae", "--data", "nonesuch", "--out", ".")
+    assert "--out: cannot write to . (" in line
+
+
+def test_a_folder_that_can_be_written_is_left_alone_by_the_check(capsys, tmp_path):
+    for out in (tmp_path / "there", tmp_path / "not" / "yet"):
+        (tmp_path / "there").mkdir(exist_ok=True)
+        assert "data:" in fails(capsys, "train", "vae", "--data", "nonesuch", "--out", out)
+    assert names(tmp_path) == {"there"}
+    assert not names(tmp_path / "there")
+
+
+def test_evaluate_scores_the_same_pixels_twice(capsys, tmp_path, images):
+    """With q(z | x) = N(0, I) the ELBO of one draw and log p of one draw are the same number for the same pixels."""
+    model = VAE(latent_dim=2, hidden_dims=(8,))
+    for head in (model.fc21, model.fc22):
+        torch.nn.init.zeros_(head.weight)
+        torch.nn.init.zeros_(head.bias)
+    model.save_pretrained(tmp_path)
+    succeeds(capsys, "evaluate", tmp_path, "--data", images, "--binarize", "dynamic", "-k", 1)
+    result = json.loads((tmp_path / "evaluation.json").read_text())
+    assert result["kl"] == 0
+    assert result["log_likelihood"] == pytest.approx(result["elbo"], rel=1e-6)
+
+
+def test_evaluate_speaks_of_grey_pixels_only_where_they_matter(capsys, tmp_path, images):
+    for likelihood, expected in (("bernoulli", True), ("gaussian", False)):
+        VAE(latent_dim=2, hidden_dims=(8,), likelihood=likelihood).save_pretrained(tmp_path)
+        assert ("grey" in succeeds(capsys, "evaluate", tmp_path, "--data", images, "-k", 2)) is expected
+
+
+def test_evaluate_tells_what_it_cannot_write(capsys, saved, images):
+    (saved / "evaluation.json").mkdir()
+    assert main(["evaluate", str(saved), "--data", str(images), "-k", "2"]) == 2
+    printed = capsys.readouterr()
+    assert "log_likelihood" in printed.out
+    assert "evaluation.json" in printed.err
+
+
+def test_standard_error(capsys, saved, tmp_path):
+    data = write_images(tmp_path / "thirty", count=30)
+    options = ("--data", data, "-k", 4, "--binarize", "threshold")
+    succeeds(capsys, "evaluate", saved, *options)
+    result = json.loads((saved / "evaluation.json").read_text())
+    images = genfast.training.DeviceDataset(genfast.training.load_dataset(data).test, binarize="threshold").images
+    values = registry.load(saved).log_prob(images, 4, seed=genfast.training.evaluation_seed(0))
+    assert len(values) == 3
+    assert result["standard_error"] == pytest.approx(float(values.std(correction=1)) / 3**0.5, rel=1e-4)
+    succeeds(capsys, "evaluate", saved, *options, "--limit", 1)
+    assert "standard_error" not in json.loads((saved / "evaluation.json").read_text())

@@ -302,3 +302,37 @@ def test_image_batches_say_what_they_expected():
         ImageBatches(TensorDataset(torch.zeros(0, 1)), 4, CPU, train=True)
     with pytest.raises(TypeError, match=r"data: expected batches that are an image tensor .*got dict"):
         next(ImageBatches(DataLoader([{"x": 1}]), 4, CPU, train=True).epoch(seed=0, epoch=1))
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_other_names_of_the_held_out_split(name, tmp_path):
+    write_images(tmp_path / "train", 12)
+    write_images(tmp_path / name, 2, start=100)
+    splits = load_dataset(tmp_path)
+    assert splits.train[:, 0, 0, 0].tolist() == list(range(12))
+    assert splits.test[:, 0, 0, 0].tolist() == [100, 101]
+    write_images(tmp_path / "test", 1, start=200)
+    assert load_dataset(tmp_path).test[:, 0, 0, 0].tolist() == [200]
+
+
+def test_train_beside_other_folders_is_not_mixed_with_them(tmp_path):
+    write_images(tmp_path / "train", 12)
+    write_images(tmp_path / ".hidden", 12)
+    assert len(load_dataset(tmp_path).train) == 11
+    write_images(tmp_path / "holdout", 2)
+    with pytest.raises(ValueError, match=r"expected one of test/, val/, .* beside train/, got holdout/"):
+        load_dataset(tmp_path)
+
+
+def test_hidden_folders_are_no_data(tmp_path):
+    write_images(tmp_path / "a", 3)
+    write_images(tmp_path / "a" / ".ipynb_checkpoints", 3, start=100)
+    splits = load_dataset(tmp_path)
+    assert len(splits.train) + len(splits.test) == 3
+
+
+def test_the_root_may_begin_with_the_home_folder(digits, tmp_path, monkeypatch):
+    write_mnist_like(tmp_path, "MNIST", digits)
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    monkeypatch.setenv("GENFAST_DATA", f"~/{tmp_path.name}")
+    assert len(load_dataset("mnist").test) == 20

@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from genfast.report import replacing, save_curves, save_grid, save_pairs
+from genfast._files import replacing
+from genfast.report import save_curves, save_grid, save_pairs
 
 
 def pixels(path):
@@ -69,3 +70,11 @@ def test_replacing_keeps_the_old_file_when_writing_fails(tmp_path):
         write_half()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_cannot_be_written_is_named_as_it_was_asked_for(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "absent" / "x.png", tmp_path / "file" / "x.png"):
+        with pytest.raises(OSError, match=r"x\.png") as caught:
+            save_grid(torch.rand(1, 1, 4, 4), path)
+        assert caught.value.filename == str(path)

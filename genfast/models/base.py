@@ -7,8 +7,8 @@ import functools
 import inspect
 import json
 import math
-import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -20,18 +20,44 @@ from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 
+from genfast._files import replacing
 from genfast.functional import bernoulli_nll
-from genfast.models.networks import add_mlp, conv_decoder, conv_encoder, run_mlp
+from genfast.models.networks import add_mlp, conv_decoder, conv_encoder, largest_activation, run_mlp
 from genfast.random import Stream, as_seed, normal, uniform
 
-__all__ = ["LatentImageModel", "Model", "read_config"]
+__all__ = ["LatentImageModel", "Model", "evaluating", "read_config"]
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
+_EXTRA_KEY = "extra"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # Else all models of a process share one limit of eight graphs, and a sweep over sizes fails at its ninth.
 _ISOLATED = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
 _DEFAULT_WIDTHS = {"mlp": (400,), "conv": (32, 64)}
+# The largest tensor within an own network is unknown: as if it had this many channels at the image's full size.
+_OWN_CHANNELS = 64
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No autograd graph and eval mode inside the block; afterwards every module has its own mode again.
+
+    Example:
+        >>> model = nn.Sequential(nn.BatchNorm1d(3).eval(), nn.Dropout())
+        >>> with evaluating(model):
+        ...     model.training
+        False
+        >>> [module.training for module in model.modules()]
+        [True, False, True]
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 class Model(nn.Module, PyTorchModelHubMixin, library_name="genfast"):
@@ -76,9 +102,9 @@ class Model(nn.Module, PyTorchModelHubMixin, library_name="genfast"):
         compiled = torch.compile(uncompiled, **options)
 
         @functools.wraps(uncompiled)
-        def loss(x: Tensor, *, seed: int | Tensor | None = None, **rest: Any) -> dict[str, Tensor]:
+        def loss(x: Tensor, *more: Any, seed: int | Tensor | None = None, **rest: Any) -> dict[str, Tensor]:
             # An int would be a constant of the graph: compiled anew for every seed.
-            return compiled(x, seed=seed if seed is None else as_seed(seed, x.device), **rest)
+            return compiled(x, *more, seed=seed if seed is None else as_seed(seed, x.device), **rest)
 
         self.loss = loss
 
@@ -120,7 +146,7 @@ class Model(nn.Module, PyTorchModelHubMixin, library_name="genfast"):
 
         Args:
             save_directory: the folder.
-            config: more entries for config.json.
+            config: what JSON can hold, written under ``"extra"`` in config.json; loading ignores it.
             repo_id, push_to_hub, push_to_hub_kwargs: upload it as well, as in huggingface_hub's mixin; the repository
                 is named after the folder unless ``repo_id`` is given.
             model_card_kwargs: a README.md with a model card is written where this is not None.
@@ -145,13 +171,17 @@ class Model(nn.Module, PyTorchModelHubMixin, library_name="genfast"):
         }
         arguments = {key: value for key, value in self._hub_mixin_config.items() if key not in self.own_networks}
         own = {"own_networks": list(self.own_networks)} if self.own_networks else {}
-        full = {"model_type": type(self).__name__, **arguments, **own, **(config or {})}
-        _write(folder / WEIGHTS_NAME, safetensors.torch.save(tensors, metadata={"format": "pt"}))
-        _write(folder / CONFIG_NAME, (json.dumps(full, indent=2) + "\n").encode())
+        extra = {_EXTRA_KEY: config} if config else {}
+        text = json.dumps({"model_type": type(self).__name__, **arguments, **own, **extra}, indent=2) + "\n"
+        with replacing(folder / WEIGHTS_NAME) as temporary:
+            temporary.write_bytes(safetensors.torch.save(tensors, metadata={"format": "pt"}))
+        with replacing(folder / CONFIG_NAME) as temporary:
+            temporary.write_text(text)
         if model_card_kwargs is not None:
             self.generate_model_card(**model_card_kwargs).save(folder / "README.md")
         if push_to_hub:
-            return self.push_to_hub(repo_id or folder.name, config=config, **push_to_hub_kwargs)
+            card = {"model_card_kwargs": model_card_kwargs}
+            return self.push_to_hub(repo_id or folder.name, config=config, **card, **push_to_hub_kwargs)
         return None
 
     def push_to_hub(self, repo_id: str, *, model_card_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> str:
@@ -211,7 +241,7 @@ class Model(nn.Module, PyTorchModelHubMixin, library_name="genfast"):
 
     @classmethod
     def _from_config(cls, path: Path, config: dict[str, Any], arguments: dict[str, Any]) -> Self:
-        config = {key: value for key, value in config.items() if key != "model_type"}
+        config = {key: value for key, value in config.items() if key not in ("model_type", _EXTRA_KEY)}
         missing = [name for name in config.pop("own_networks", []) if arguments.get(name) is None]
         if missing:
             example = ", ".join(f"{name}=..." for name in missing)
@@ -219,10 +249,11 @@ class Model(nn.Module, PyTorchModelHubMixin, library_name="genfast"):
                 f"{path}: saved with its own {' and '.join(missing)}, which no file holds: "
                 f"{cls.__name__}.from_pretrained(path, {example})"
             )
-        known = list(inspect.signature(cls).parameters)
+        known = inspect.signature(cls).parameters
         unknown = [key for key in config if key not in known]
-        if unknown:
-            raise ValueError(f"{path}: unknown keys {unknown}; {cls.__name__} takes {known}")
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+        if unknown and not takes_any:
+            raise ValueError(f"{path}: unknown keys {unknown}; {cls.__name__} takes {list(known)}")
         try:
             return cls(**{**config, **arguments})
         except (TypeError, ValueError) as error:
@@ -284,16 +315,6 @@ def _read_weights(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def _write(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 class LatentImageModel(Model):
     """Images in [0, 1] to a latent code and back: what the autoencoder and the VAE have in common.
 
@@ -336,6 +357,9 @@ class LatentImageModel(Model):
             name for name, network in (("encoder", encoder), ("decoder", decoder)) if network is not None
         )
         self._pixels = math.prod(self.image_shape)
+        self._largest = largest_activation(preset, latent_dim, widths, self.image_shape)
+        if self.own_networks:
+            self._largest = max(self._largest, _OWN_CHANNELS * self._pixels)
         self._latent_shape: tuple[int, ...] | None = None if encoder is not None else (latent_dim,)
 
         self.encoder, self.decoder = encoder, decoder
@@ -391,7 +415,6 @@ class LatentImageModel(Model):
         """
         return self._mean(self._decode(z))
 
-    @torch.no_grad()
     def sample(
         self,
         n: int,
@@ -426,13 +449,13 @@ class LatentImageModel(Model):
             raise ValueError(f"mode: expected 'mean' for a {self.likelihood} likelihood, got 'bernoulli'")
         seed = as_seed(seed, self.device)
         z = normal(seed, n, math.prod(self.latent_shape), Stream.PRIOR, row_offset)
-        images = self._decode_images(z.reshape(n, *self.latent_shape))
+        with evaluating(self):
+            images = self._decode_images(z.reshape(n, *self.latent_shape))
         if mode == "mean":
             return images
         u = uniform(seed, n, self._pixels, Stream.PIXEL, row_offset)
         return (u.reshape(images.shape) < images).to(images.dtype)
 
-    @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
         """Encode images and decode their (mean) codes: [B, C, H, W] for images as `loss` takes them.
 
@@ -441,9 +464,9 @@ class LatentImageModel(Model):
             >>> VAE().reconstruct(torch.rand(3, 784)).shape
             torch.Size([3, 1, 28, 28])
         """
-        return self._decode_images(self._mean_code(x))
+        with evaluating(self):
+            return self._decode_images(self._mean_code(x))
 
-    @torch.no_grad()
     def interpolate(self, x0: Tensor, x1: Tensor, steps: int = 10) -> Tensor:
         """Decode evenly spaced points on the lines between the (mean) codes of two batches, ends included.
 
@@ -466,12 +489,12 @@ class LatentImageModel(Model):
             raise ValueError(f"steps: expected at least 2, got {steps}")
         if len(x0) != len(x1):
             raise ValueError(f"x1: expected as many images as x0, {len(x0)}, got {len(x1)}")
-        start, end = self._mean_code(x0, "x0").unsqueeze(1), self._mean_code(x1, "x1").unsqueeze(1)
-        weight = torch.linspace(0, 1, steps, device=start.device, dtype=start.dtype)
-        z = torch.lerp(start, end, weight.view(1, steps, *[1] * (start.dim() - 2)))
-        return self._decode_images(z.flatten(0, 1)).unflatten(0, (len(x0), steps))
+        with evaluating(self):
+            start, end = self._mean_code(x0, "x0").unsqueeze(1), self._mean_code(x1, "x1").unsqueeze(1)
+            weight = torch.linspace(0, 1, steps, device=start.device, dtype=start.dtype)
+            z = torch.lerp(start, end, weight.view(1, steps, *[1] * (start.dim() - 2)))
+            return self._decode_images(z.flatten(0, 1)).unflatten(0, (len(x0), steps))
 
-    @torch.no_grad()
     def manifold(self, n: int = 20, extent: float = 4.0) -> Tensor:
         """Decode a grid over a two-dimensional latent space, laid out as it is plotted.
 
@@ -494,12 +517,16 @@ class LatentImageModel(Model):
             raise ValueError(f"manifold: expected a model of latent_dim 2, got latent shape {list(self.latent_shape)}")
         axis = torch.linspace(-extent, extent, n, device=self.device)
         z = torch.cartesian_prod(axis.flip(0), axis).flip(1)
-        return self._decode_images(z).unflatten(0, (n, n))
+        with evaluating(self):
+            return self._decode_images(z).unflatten(0, (n, n))
 
     def _check_images(self, x: Tensor, name: str = "x") -> Tensor:
         """[B, C, H, W], from that shape, [B, C * H * W], or [B, H, W] where C is 1."""
+        if x.dtype == torch.bool and self.likelihood == "bernoulli":
+            x = x.to(self.dtype)
         if x.dtype != torch.uint8 and not x.is_floating_point():
-            raise ValueError(f"{name}: expected floats in [0, 1] or uint8, got {x.dtype}")
+            kinds = ", uint8 or bool" if self.likelihood == "bernoulli" else " or uint8"
+            raise ValueError(f"{name}: expected floats in [0, 1]{kinds}, got {x.dtype}")
         accepted = [self.image_shape, (self._pixels,), self.image_shape[1:] if self.image_shape[0] == 1 else ()]
         if x.dim() < 2 or tuple(x.shape[1:]) not in accepted:
             shapes = " or ".join(str(["B", *shape]).replace("'", "") for shape in accepted if shape)
@@ -585,6 +612,7 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 def _check_sizes(name: str, sizes: Sequence[int], count: int | None = None) -> None:
     # Exactly int: JSON cannot hold numpy's, and the saved config would silently fall back to the default.
-    if (count is not None and len(sizes) != count) or not all(type(size) is int and size > 0 for size in sizes):
+    ints = isinstance(sizes, Sequence) and all(type(size) is int and size > 0 for size in sizes)
+    if not ints or count not in (None, len(sizes)):
         number = "" if count is None else f"{count} "
         raise ValueError(f"{name}: expected {number}positive ints, got {sizes!r}")

@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["add_mlp", "conv_decoder", "conv_encoder", "run_mlp"]
+__all__ = ["add_mlp", "conv_decoder", "conv_encoder", "largest_activation", "run_mlp"]
 
 
 def add_mlp(owner: nn.Module, name: str, sizes: Sequence[int]) -> tuple[str, ...]:
@@ -81,6 +81,21 @@ def conv_decoder(latent_dim: int, widths: Sequence[int], image_shape: Sequence[i
     for (size_in, size_out), size in zip(channels, reversed(sizes[:-1]), strict=True):
         layers += [nn.SiLU(), nn.Upsample(size=size), nn.Conv2d(size_in, size_out, 3, padding=1)]
     return nn.Sequential(*layers)
+
+
+def largest_activation(preset: str, latent_dim: int, widths: Sequence[int], image_shape: Sequence[int]) -> int:
+    """Elements per image of the largest tensor within the networks of a preset.
+
+    Example:
+        >>> largest_activation("mlp", 20, (400,), (1, 28, 28)), largest_activation("conv", 20, (32, 64), (1, 28, 28))
+        (784, 25088)
+    """
+    sizes = [latent_dim, math.prod(image_shape)]
+    if preset == "mlp":
+        return max(*sizes, *widths)
+    # The decoder's upsampled maps: the encoder has the same channels at half the size.
+    scales = _halved(image_shape[1:], len(widths))[:-1]
+    return max(*sizes, *(channels * math.prod(size) for channels, size in zip(widths, scales, strict=True)))
 
 
 def _halved(size: Sequence[int], times: int) -> list[tuple[int, int]]:

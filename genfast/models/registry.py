@@ -76,7 +76,8 @@ def load(path: str | Path, *, device: torch.device | str = "cpu", **arguments: A
     """Load a saved model of any family: its ``config.json`` says which class it is.
 
     Args:
-        path: a folder that `save_pretrained` wrote.
+        path: a local folder that `save_pretrained` wrote; for a repository of the Hub, use the class's own
+            `from_pretrained`.
         device, arguments: as for `Model.from_pretrained`.
 
     Raises:

@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from genfast.functional import reparameterize_kl, reparameterize_kl_packed
-from genfast.models.base import LatentImageModel, check_choice, wide
+from genfast.functional import _checks, reparameterize_kl, reparameterize_kl_packed
+from genfast.models.base import LatentImageModel, check_choice, evaluating, wide
 from genfast.random import Stream, as_seed, normal
 
 __all__ = ["VAE"]
@@ -25,7 +25,7 @@ class VAE(LatentImageModel):
     own class, with the script's own loss. `loss` is the fused path.
 
     Images go in as floats in [0, 1] (not checked: that would wait for the device) or uint8 (meaning x / 255), of shape
-    [B, C, H, W], [B, C * H * W], or [B, H, W] where C is 1.
+    [B, C, H, W], [B, C * H * W], or [B, H, W] where C is 1; bool as well where the likelihood is Bernoulli.
 
     Args:
         latent_dim: size of the code; with an own encoder and decoder it follows from the encoder instead.
@@ -67,21 +67,25 @@ class VAE(LatentImageModel):
         mu, logvar = self._code(self._check_images(x))
         return mu, logvar
 
-    def reparameterize(self, mu: Tensor, logvar: Tensor) -> Tensor:
-        """Draw z = mu + exp(logvar / 2) eps, of the shape of mu.
+    def reparameterize(
+        self, mu: Tensor, logvar: Tensor, *, seed: int | Tensor | None = None, row_offset: int = 0
+    ) -> Tensor:
+        """Draw z = mu + exp(logvar / 2) eps, of the shape of mu; seed and row_offset as for `loss`.
 
         Example:
             >>> VAE().reparameterize(torch.zeros(3, 20), torch.zeros(3, 20)).shape
             torch.Size([3, 20])
         """
         if self.fused:
-            return reparameterize_kl(mu, logvar)[0]
-        return mu + torch.randn_like(mu) * torch.exp(0.5 * logvar)
+            return reparameterize_kl(mu, logvar, seed=seed, row_offset=row_offset)[0]
+        return mu + _noise_like(mu, seed, row_offset) * torch.exp(0.5 * logvar)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Images to (recon, mu, logvar), recon being `decode` of one z drawn from q(z | x)."""
+    def forward(
+        self, x: Tensor, *, seed: int | Tensor | None = None, row_offset: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Images to (recon, mu, logvar), recon being `decode` of the one z that `loss` draws for this seed."""
         mu, logvar = self.encode(x)
-        return self.decode(self.reparameterize(mu, logvar)), mu, logvar
+        return self.decode(self.reparameterize(mu, logvar, seed=seed, row_offset=row_offset)), mu, logvar
 
     def loss(
         self,
@@ -96,7 +100,7 @@ class VAE(LatentImageModel):
 
         Args:
             x: images, see the class.
-            beta: weight of the KL (Higgins et al., "beta-VAE", ICLR 2017).
+            beta: finite weight of the KL (Higgins et al., "beta-VAE", ICLR 2017).
             free_bits: nats that each latent dimension of each sample may spend for free: its KL counts as at least
                 this much (Kingma et al., "Improving variational inference with inverse autoregressive flow", 2016).
             seed: None (drawn from torch's generator), an int, or an int64 tensor [1] on the model's device.
@@ -107,13 +111,16 @@ class VAE(LatentImageModel):
             free bits where they are given.
 
         Raises:
-            ValueError: images of another shape or dtype.
+            ValueError: images of another shape or dtype, beta or free_bits out of range.
 
         Example:
             >>> parts = VAE().loss(torch.rand(3, 1, 28, 28), seed=0)
             >>> torch.equal(parts["loss"], parts["nll"] + parts["kl"])
             True
         """
+        if not -math.inf < beta < math.inf:
+            raise ValueError(f"beta: expected a finite number, got {beta}")
+        _checks.non_negative("free_bits", free_bits)
         x = self._check_images(x)
         z, kl = self._draw(x, seed, row_offset, free_bits)
         nll, kl = self._nll(self._decode(z), x, "mean"), kl.mean()
@@ -130,7 +137,6 @@ class VAE(LatentImageModel):
         z, kl = self._draw(x, seed, row_offset)
         return -(self._nll(self._decode(z), x, "none") + kl)
 
-    @torch.no_grad()
     def log_prob(
         self,
         x: Tensor,
@@ -152,8 +158,9 @@ class VAE(LatentImageModel):
             x: images, see the class.
             k: draws for each image.
             method: ``"importance"`` or ``"prior"``.
-            chunk: codes decoded at once, which bounds the memory and changes the result by rounding only; None chooses
-                by the size of the image.
+            chunk: codes decoded at once, which bounds the memory and changes the result by rounding only; None: as many
+                as keep the largest tensor within the networks at 2^22 elements (own networks are unknown, and taken to
+                have 64 channels at the image's size).
             seed, row_offset: as for `loss`; draw j of row i uses the positions from j * latent_dim on.
 
         Returns:
@@ -169,7 +176,7 @@ class VAE(LatentImageModel):
             (torch.Size([3]), True)
         """
         check_choice("method", method, ("importance", "prior"))
-        rows = max(1, _CHUNK_ELEMENTS // self._pixels) if chunk is None else chunk
+        rows = max(1, _CHUNK_ELEMENTS // self._largest) if chunk is None else chunk
         for name, value in (("k", k), ("chunk", rows)):
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
@@ -177,7 +184,8 @@ class VAE(LatentImageModel):
         seed = as_seed(seed, x.device)
         offsets = range(row_offset, row_offset + max(1, x.shape[0]), rows)
         pieces = zip(x.split(rows), offsets, strict=True)
-        return torch.cat([self._log_prob(piece, k, method, rows, seed, offset) for piece, offset in pieces])
+        with evaluating(self):
+            return torch.cat([self._log_prob(piece, k, method, rows, seed, offset) for piece, offset in pieces])
 
     def _log_prob(self, x: Tensor, k: int, method: str, rows: int, seed: Tensor, row_offset: int) -> Tensor:
         batch, dim = x.shape[0], math.prod(self.latent_shape)
@@ -211,13 +219,16 @@ class VAE(LatentImageModel):
         mu, logvar = self._code(x)
         if self.fused:
             return reparameterize_kl(mu, logvar, seed=seed, row_offset=row_offset, free_bits=free_bits)
-        if seed is None:
-            eps = torch.randn_like(mu)
-        else:
-            eps = normal(as_seed(seed, mu.device), mu.shape[0], mu[:1].numel(), Stream.LATENT, row_offset)
-            eps = eps.reshape(mu.shape).to(mu.dtype)
-        z = mu + eps * torch.exp(0.5 * logvar)
+        z = mu + _noise_like(mu, seed, row_offset) * torch.exp(0.5 * logvar)
         kl = -0.5 * (1 + wide(logvar) - wide(mu).square() - wide(logvar).exp())
         if free_bits > 0:
             kl = kl.clamp(min=free_bits)
         return z, kl.flatten(1).sum(1)
+
+
+def _noise_like(mu: Tensor, seed: int | Tensor | None, row_offset: int) -> Tensor:
+    """The noise of the ordinary chain: torch's own, or that of a seed."""
+    if seed is None:
+        return torch.randn_like(mu)
+    eps = normal(as_seed(seed, mu.device), mu.shape[0], mu[:1].numel(), Stream.LATENT, row_offset)
+    return eps.reshape(mu.shape).to(mu.dtype)

@@ -23,7 +23,8 @@ _TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KM
 DATASETS = ("digits", *_TORCHVISION)
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm"}
-# Without train/ and test/ folders, every tenth image is held out.
+_HELD_OUT = ("test", "val", "valid", "validation")
+# In a folder without such splits, every tenth image is held out.
 _TEST_EVERY = 10
 
 
@@ -45,16 +46,17 @@ def load_dataset(
     Args:
         name_or_folder: "digits" (bundled: 5,000 + 1,000 images of MNIST, 500 + 100 of each digit), "mnist",
             "fashion-mnist", "kmnist", "cifar10" (read through torchvision, and downloaded if absent), or a folder. A
-            folder is searched through all its levels. If it has subfolders ``train`` and ``test`` they are the two
-            splits; otherwise every tenth image by path is held out. Images are grey only if all of them are.
+            folder is searched through all its levels, but for hidden files and folders. If it has a subfolder ``train``
+            beside ``test`` (or else ``val``, ``valid`` or ``validation``) they are the two splits, and nothing else is
+            read; without ``train``, every tenth image by path is held out. Images are grey only if all of them are.
         root: where the named sets lie, as torchvision lays them out; the environment variable GENFAST_DATA if None,
             and ``~/.cache/genfast`` without it.
         image_size: height and width to bring all images to (the shorter side is scaled, the middle cut out). If
             None, images keep their size, and those of a folder must all have the same.
 
     Raises:
-        ValueError: an unknown name, an empty folder, an unreadable image, images of different sizes, a bad
-            `image_size`.
+        ValueError: an unknown name, an empty folder, ``train`` beside folders of other names alone, an unreadable
+            image, images of different sizes, a bad `image_size`.
         OSError: a named set is neither there nor to be downloaded.
 
     Example:
@@ -68,7 +70,8 @@ def load_dataset(
     if name == "digits":
         splits = _load_digits()
     elif name in _TORCHVISION:
-        splits = _load_torchvision(name, Path(root or os.environ.get("GENFAST_DATA") or _cache_folder()))
+        root = Path(root or os.environ.get("GENFAST_DATA") or _cache_folder())
+        splits = _load_torchvision(name, root.expanduser())
     elif Path(name).is_dir():
         return _load_folder(Path(name), image_size)
     else:
@@ -125,9 +128,14 @@ def _resized(splits: Splits, size: int) -> Splits:
 
 
 def _load_folder(folder: Path, image_size: int | None) -> Splits:
-    train_folder, test_folder = folder / "train", folder / "test"
-    if train_folder.is_dir() and test_folder.is_dir():
-        train_paths, test_paths = _image_paths(train_folder), _image_paths(test_folder)
+    inner = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    held_out_names = [name for name in _HELD_OUT if name in inner]
+    if "train" in inner and held_out_names:
+        train_paths, test_paths = _image_paths(folder / "train"), _image_paths(folder / held_out_names[0])
+    elif "train" in inner and len(inner) > 1:
+        others = ", ".join(f"{name}/" for name in inner if name != "train")
+        expected = ", ".join(f"{name}/" for name in _HELD_OUT)
+        raise ValueError(f"data: {folder}: expected one of {expected} beside train/, got {others}")
     else:
         paths = _image_paths(folder)
         if len(paths) < 2:
@@ -140,9 +148,13 @@ def _load_folder(folder: Path, image_size: int | None) -> Splits:
 
 
 def _image_paths(folder: Path) -> list[Path]:
-    """All images below `folder`, sorted, without hidden files (a Mac leaves such beside every image)."""
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and not path.name.startswith("."))
-    paths = sorted(path for path in found if path.is_file())
+    """All images below `folder`, sorted, without what is hidden (a Mac's shadow files, .ipynb_checkpoints)."""
+
+    def is_image(path: Path) -> bool:
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        return path.suffix.lower() in _SUFFIXES and not hidden and path.is_file()
+
+    paths = sorted(path for path in folder.rglob("*") if is_image(path))
     if not paths:
         raise ValueError(f"data: {folder} holds no images ({', '.join(sorted(_SUFFIXES))})")
     return paths

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from genfast import random
+from genfast.models.base import evaluating
 from genfast.training.data import ImageBatches
 from genfast.training.progress import Progress
 from genfast.training.step import TrainStep
 
-__all__ = ["evaluate", "fit"]
+__all__ = ["evaluate", "evaluation_seed", "fit"]
 
 
 def fit(
@@ -154,19 +155,23 @@ def evaluate(
     return _evaluate(model, ImageBatches(data, batch_size, device, train=False), seed)
 
 
-@torch.no_grad()
+def evaluation_seed(seed: int) -> int:
+    """The seed of an evaluation's noise and binarization, none of a training step's: those count from 1.
+
+    Example:
+        >>> evaluation_seed(0) == random.derive_seed(0, 0)
+        True
+    """
+    return random.derive_seed(seed, 0)
+
+
 def _evaluate(model: nn.Module, batches: ImageBatches, seed: int) -> dict[str, float]:
-    # Steps of training count from 1.
-    seed = random.derive_seed(seed, 0)
+    seed = evaluation_seed(seed)
     noise_seed = random.as_seed(seed, batches.device)
-    was_training = model.training
-    model.eval()
     means = _Means()
-    try:
+    with evaluating(model):
         for batch in batches.epoch(seed, 0):
             means.add(model.loss(batch, seed=noise_seed, row_offset=means.images), len(batch))
-    finally:
-        model.train(was_training)
     result = means.read()
     if "kl" in result:
         result["elbo"] = -(result["nll"] + result["kl"])

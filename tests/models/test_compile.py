@@ -106,3 +106,33 @@ def test_compiling_again_replaces_the_options(x):
     model.compile(backend="eager")
     model.compile(backend="aot_eager", fullgraph=False)
     torch.testing.assert_close(model.loss(x, seed=0), VAE.loss(model, x, seed=0))
+
+
+def test_further_positional_arguments_reach_the_loss(x):
+    class Weighted(VAE):
+        def loss(self, x, weight=1.0, *, seed=None, row_offset=0):
+            return {"loss": weight * super().loss(x, seed=seed, row_offset=row_offset)["loss"]}
+
+    model = Weighted(latent_dim=4, hidden_dims=(16,))
+    eager = model.loss(x, 3.0, seed=0)
+    model.compile(backend="eager")
+    torch.testing.assert_close(model.loss(x, 3.0, seed=0), eager)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_changing_beta_and_free_bits_compile(fused, x):
+    model = small(fused=fused)
+    model.compile(backend="aot_eager")
+    for beta, free_bits in ((1.0, 0.0), (0.5, 0.1), (0.25, 0.2), (0, 0.3)):
+        options = {"beta": beta, "free_bits": free_bits, "seed": 0}
+        torch.testing.assert_close(model.loss(x, **options), VAE.loss(model, x, **options))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_compiled_forward_takes_a_seed(fused, x):
+    model = small(fused=fused)
+    expected = [model(x, seed=seed, row_offset=3) for seed in (1, 2, 3)]
+    model.compile(backend="aot_eager")
+    for seed, values in zip((1, 2, 3), expected, strict=True):
+        torch.testing.assert_close(model(x, seed=seed, row_offset=3), values)
+        torch.testing.assert_close(model(x, seed=torch.tensor([seed]), row_offset=3), values)

@@ -213,3 +213,32 @@ def test_families():
         get_family("gann")
     with pytest.raises(ValueError, match=r"ae: unknown options \['beta'\]; it takes"):
         get_family("ae").build((1, 28, 28), beta=2)
+
+
+def test_further_entries_of_the_config_do_not_stand_in_the_way(saved):
+    VAE(latent_dim=3).save_pretrained(saved, config={"dataset": "digits", "latent_dim": 9})
+    assert json.loads((saved / "config.json").read_text())["extra"]["dataset"] == "digits"
+    assert load(saved).latent_dim == 3
+
+
+def test_a_subclass_may_take_any_arguments(tmp_path):
+    class Flexible(VAE):
+        def __init__(self, hidden=8, **options):
+            super().__init__(hidden_dims=(hidden,), **options)
+
+    Flexible(hidden=5, latent_dim=3, likelihood="gaussian").save_pretrained(tmp_path)
+    again = Flexible.from_pretrained(tmp_path)
+    assert (again.fc1.out_features, again.latent_dim, again.likelihood) == (5, 3, "gaussian")
+
+
+def test_the_upload_has_the_model_card_that_was_asked_for(tmp_path):
+    class Recorder(VAE):
+        def push_to_hub(self, repo_id, **options):
+            return repo_id, options
+
+    card = {"language": "en"}
+    repo_id, options = Recorder().save_pretrained(
+        tmp_path / "name", push_to_hub=True, model_card_kwargs=card, private=True
+    )
+    assert repo_id == "name"
+    assert options == {"config": None, "model_card_kwargs": card, "private": True}

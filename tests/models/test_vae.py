@@ -391,7 +391,7 @@ def test_constructor_refusals(options, message):
         (lambda m, x: m.loss(x[..., 1:]), r"x: expected images of shape \[B, 1, 28, 28\] or \[B, 784\].*got \[8,"),
         (lambda m, x: m.loss(x.expand(-1, 3, -1, -1)), r"x: expected images of shape .*, got \[8, 3, 28, 28\]"),
         (lambda m, x: m(x[0, 0, 0]), r"x: expected images of shape .*, got \[28\]"),
-        (lambda m, x: m.loss(x.long()), "x: expected floats in .* or uint8, got torch.int64"),
+        (lambda m, x: m.loss(x.long()), "x: expected floats in .*, uint8 or bool, got torch.int64"),
         (lambda m, x: m.decode(torch.zeros(2, 19)), r"z: expected shape \[B, 20\], got \[2, 19\]"),
         (lambda m, x: m.sample(2, mode="mode"), "mode: expected one of 'mean', 'bernoulli', got 'mode'"),
         (lambda m, x: m.log_prob(x, k=0), "k: expected at least 1, got 0"),
@@ -417,3 +417,82 @@ def test_own_network_refusals(x):
         VAE(decoder=nn.Linear(20, 10)).loss(x)
     with pytest.raises(ValueError, match="mode: expected 'mean' for a gaussian likelihood"):
         VAE(likelihood="gaussian").sample(2, mode="bernoulli")
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_forward_draws_the_noise_of_its_own_rows(fused, x):
+    model = VAE(fused=fused)
+    recon, mu, logvar = model(x, seed=5)
+    pieces = [model(x[i : i + 2], seed=5, row_offset=i)[0] for i in range(0, len(x), 2)]
+    torch.testing.assert_close(torch.cat(pieces), recon)
+    z = model.reparameterize(mu, logvar, seed=5)
+    torch.testing.assert_close(z, mu + normal(torch.tensor([5]), *mu.shape, Stream.LATENT) * torch.exp(0.5 * logvar))
+    nll = nn.functional.binary_cross_entropy(recon, x.flatten(1), reduction="sum") / len(x)
+    torch.testing.assert_close(model.loss(x, seed=5)["nll"], nll)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"beta": math.nan}, "beta: expected a finite number, got nan"),
+        ({"beta": -math.inf}, "beta"),
+        ({"free_bits": -0.5}, "free_bits: expected a finite number >= 0, got -0.5"),
+        ({"free_bits": math.nan}, "free_bits"),
+    ],
+)
+def test_weights_out_of_range_are_refused(options, message, fused, x):
+    with pytest.raises(ValueError, match=message):
+        VAE(fused=fused).loss(x, **options)
+
+
+@pytest.mark.parametrize("call", ["sample", "reconstruct", "interpolate", "manifold", "log_prob"])
+def test_looking_at_a_model_in_training_is_looking_in_eval_mode(call):
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(16, 4), nn.BatchNorm1d(4))
+    decoder = nn.Sequential(nn.Linear(2, 16), nn.BatchNorm1d(16).eval(), nn.BatchNorm1d(16), nn.Unflatten(1, (1, 4, 4)))
+    model = VAE(2, image_shape=(1, 4, 4), encoder=encoder, decoder=decoder)
+    x = torch.rand(6, 1, 4, 4)
+    look = {
+        "sample": lambda: model.sample(6, seed=0),
+        "reconstruct": lambda: model.reconstruct(x),
+        "interpolate": lambda: model.interpolate(x, x.flip(0)),
+        "manifold": lambda: model.manifold(4),
+        "log_prob": lambda: model.log_prob(x, k=5, seed=0),
+    }[call]
+    modes = [module.training for module in model.modules()]
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    seen = look()
+    assert not seen.requires_grad
+    assert [module.training for module in model.modules()] == modes
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    model.eval()
+    torch.testing.assert_close(look(), seen, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_log_prob_bounds_the_largest_tensor_of_its_networks(own):
+    model = VAE(preset="conv", encoder=nn.Sequential(nn.Flatten(), nn.Linear(784, 40)) if own else None)
+    largest = 0
+
+    def see(module, inputs, output):
+        nonlocal largest
+        largest = max(largest, output.numel())
+
+    for module in model.decoder.modules():
+        module.register_forward_hook(see)
+    model.log_prob(torch.rand(2, 1, 28, 28).round(), k=400)
+    assert 2**20 < largest <= 2**22
+
+
+def test_bool_images_are_zeros_and_ones(x):
+    for fused in (True, False):
+        model = VAE(fused=fused)
+        torch.testing.assert_close(model.loss(x > 0.5, seed=0), model.loss((x > 0.5).float(), seed=0))
+    with pytest.raises(ValueError, match=r"x: expected floats in \[0, 1\] or uint8, got torch.bool"):
+        VAE(likelihood="gaussian").loss(x > 0.5)
+
+
+@pytest.mark.parametrize("options", [{"hidden_dims": 400}, {"image_shape": 28}])
+def test_sizes_that_are_no_sequence(options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))}: expected .*positive ints, got"):
+        VAE(**options)
