@@ -66,6 +66,10 @@ def test_instructions_are_within_the_agreed_table():
 
 
 def test_the_forward_pass_in_16_bits_is_not_bound_by_instructions():
+    import triton
+
+    if triton.__version__ != AGREED["triton"]:
+        pytest.skip(f"the ceiling holds for triton {AGREED['triton']}, this is {triton.__version__}")
     launch, _ = every_launch(torch.bfloat16)["reparameterize_kl"]
     assert cost(launch).instructions <= 44
 
