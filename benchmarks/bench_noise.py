@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from genfast.random import Stream, normal
@@ -32,19 +31,16 @@ def _torch(rows: int, cols: int) -> Callable[[], Tensor]:
     return lambda: torch.randn(rows, cols, device=DEVICE)
 
 
-@pytest.mark.parametrize("shape", [(128, 20), (128, 784)], ids=lambda shape: "x".join(map(str, shape)))
-@pytest.mark.parametrize("source", [_ours, _compiled, _torch], ids=["genfast", "genfast compiled", "torch.randn"])
-def test_noise(
-    benchmark: BenchmarkFixture, source: Callable[..., Callable[[], Tensor]], shape: tuple[int, int]
-) -> None:
+SOURCES = {"torch.randn": _torch, "genfast": _ours, "genfast, compiled": _compiled}
+SIZES = {"cpu": ((128, 20), (128, 784)), "cuda": ((128, 20), (128, 784), (65536, 1024))}
+
+
+@pytest.mark.parametrize("shape", SIZES[DEVICE.type], ids=lambda shape: "x".join(map(str, shape)))
+@pytest.mark.parametrize("source", SOURCES)
+def test_noise(time_callable: Callable[..., None], source: str, shape: tuple[int, int]) -> None:
     torch._dynamo.reset()
-    draw = source(*shape)
-
-    def finished() -> None:
-        draw()
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
-
-    benchmark.group = f"noise {shape[0]} x {shape[1]}"
-    benchmark.extra_info |= {"device": str(DEVICE), "torch": torch.__version__, "threads": torch.get_num_threads()}
-    benchmark.pedantic(finished, rounds=200, warmup_rounds=10)
+    draw = SOURCES[source](*shape)
+    time_callable(
+        lambda: draw, op="noise", case="noise", shape=shape, dtype="fp32", mode="", place="", chain=source,
+        bytes=4 * shape[0] * shape[1],
+    )  # fmt: skip

@@ -1,177 +1,256 @@
-"""One fixture that times a chain of an op: `genfast.cases` says what the op is, a bench_<op>.py file at which sizes."""
+"""Fixtures that time things: a chain of an op (`time_chain`), and any callable beside others (`time_callable`)."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
-import math
 import os
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import lru_cache
-from itertools import count
+from functools import cache, cached_property, lru_cache
+from pathlib import Path
+from typing import Any
 
-import cpuinfo
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
-from torch import Tensor
+from torch._inductor import cudagraph_trees
 
-from genfast.cases import DTYPES, Case, Inputs, Outputs, differentiable, run
-from genfast.check import path_taken
+from genfast.bench.chains import CHAINS, MODES, PLACES, Workload, build, excess, prepare
+from genfast.bench.machine import describe_run, machine_name
+from genfast.bench.results import Results, Row
+from genfast.bench.timing import Call, Interval, Stopwatch
+from genfast.cases import DTYPES, Case
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-CHAINS = ("fused", "eager", "reference", "compiled")
-BENCH_DTYPES = ("fp32", "bf16")
-MODES = ("forward", "forward+backward")
-
-COLD_BYTES = 512 * 2**20
-SECONDS = {"cuda": 0.5, "cpu": 0.1}
+DTYPE_NAMES = ("fp32", "bf16")
+# On a CPU no kernel of ours runs, graphs do not exist, and a compile takes as long as all else together.
+DEFAULT_CHAINS = {"cuda": tuple(CHAINS), "cpu": ("fused", "eager", "compiled", "reference")}
+DEFAULT_PLACES = {"cuda": PLACES, "cpu": ("alone",)}
+SECONDS = {"cuda": 0.3, "cpu": 0.1}
 ROUNDS = {"cuda": (20, 200), "cpu": (7, 200)}
+WHOLE_ROUNDS = 5
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """The inputs of a case, the gradients that come in, and the largest error of fused over what is allowed."""
+class _Clock:
+    """What pytest-benchmark reads as the time: it passes only while the thing to be timed runs."""
 
-    inputs: Inputs
-    upstream: list[Tensor]
-    path: str
-    error: float
+    seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+_CLOCK = _Clock()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("genfast")
+    group.addoption("--results", help="add the figures to this JSON file, or to the machine's own file in this folder")
+    group.addoption("--chains", help=f"all, or some of {','.join(CHAINS)}")
+    group.addoption("--places", help=f"all, or some of {','.join(PLACES)}")
+    group.addoption("--compile-only", action="store_true", help="time nothing: fill the compilers' caches")
+    group.addoption("--more-sizes", action="store_true", help="also the sizes between the smallest and the largest")
+
+
+def _chosen(config: pytest.Config, option: str, default: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, ...]:
+    value = config.getoption(option)
+    if value is None:
+        return default
+    chosen = known if value == "all" else tuple(value.split(","))
+    unknown = [name for name in chosen if name not in known]
+    if unknown:
+        raise pytest.UsageError(f"{option}: expected all, or some of {', '.join(known)}, got {', '.join(unknown)}")
+    return chosen
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A benchmark runs for each of its module's CASES and SIZES; the chains vary fastest and share one preparation."""
+    """A benchmark of an op runs for each of its module's CASES and SIZES; what shares a preparation is adjacent."""
     if "chain" not in metafunc.fixturenames:
         return
+    sizes = metafunc.module.SIZES[DEVICE.type]
+    if metafunc.config.getoption("--more-sizes"):
+        sizes = sorted({*sizes, *metafunc.module.SIZES["more"]})
+    chains = _chosen(metafunc.config, "--chains", DEFAULT_CHAINS[DEVICE.type], tuple(CHAINS))
+    places = _chosen(metafunc.config, "--places", DEFAULT_PLACES[DEVICE.type], PLACES)
     metafunc.parametrize("case", metafunc.module.CASES, ids=lambda case: case.setting or "default")
-    metafunc.parametrize("shape", metafunc.module.SIZES[DEVICE.type], ids=lambda shape: "x".join(map(str, shape)))
-    metafunc.parametrize("dtype", BENCH_DTYPES)
-    metafunc.parametrize("mode", MODES)
-    metafunc.parametrize("chain", CHAINS)
+    metafunc.parametrize("shape", sizes, ids=lambda shape: "x".join(map(str, shape)))
+    metafunc.parametrize("dtype", DTYPE_NAMES)
+    metafunc.parametrize("place", places)
+    metafunc.parametrize("chain", chains)
+    metafunc.parametrize("mode", MODES[1:] if metafunc.config.getoption("--compile-only") else MODES)
 
 
-@lru_cache(maxsize=1)
-def _prepare(case: Case, shape: tuple[int, ...], dtype: str) -> Prepared:
-    """Random inputs, and the fused op compared with fp64 on them."""
-    generator = torch.Generator().manual_seed(0)
-    inputs = case.inputs(shape, DTYPES[dtype], str(DEVICE), generator)
-    with torch.no_grad():
-        outputs = case.fused(inputs)
-    # A scalar loss receives 1, as from `loss.backward()`.
-    upstream = [
-        torch.randn(output.shape, generator=generator).to(output) if output.dim() else torch.ones_like(output)
-        for output in outputs
-    ]
-    taken = path_taken(DEVICE, DTYPES[dtype])
-    exact, exact_grads = run(case, "exact", inputs, upstream)
-    fused, fused_grads = run(case, "fused", inputs, upstream)
-    errors = [
-        case.tolerance(taken, DTYPES[dtype], name).excess(got, want)
-        for name, got, want in zip(case.outputs, fused, exact, strict=True)
-    ]
-    allowed = case.tolerance(taken, DTYPES[dtype])
-    errors += [allowed.excess(grad, exact_grads[name]) for name, grad in fused_grads.items()]
-    return Prepared(inputs, upstream, taken, max(errors))
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.add_marker(pytest.mark.benchmark(timer=_CLOCK))
 
 
-def _bytes_moved(case: Case, prepared: Prepared, shape: tuple[int, ...], mode: str) -> int:
-    """What the fused op reads and writes; per-sample results are not counted."""
-    size = next(iter(prepared.inputs.values())).element_size()
-    # `moves` counts elements of the main dtype; a pass reads each input once, and uint8 images are narrower than that.
-    narrower = sum((size - x.element_size()) * x.numel() for x in prepared.inputs.values())
-    passes = [moves for moves in case.moves[: 2 if mode == "forward+backward" else 1] if moves]
-    return sum(round(moves * math.prod(shape)) * size - narrower for moves in passes)
+@cache
+def _stopwatch() -> Stopwatch:
+    return Stopwatch(DEVICE)
 
 
-def _copies(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """The same values for ever: on CUDA at addresses that come back only after COLD_BYTES, so that L2 is cold."""
-    if DEVICE.type != "cuda":
-        while True:
-            yield tensors
-    copies = math.ceil(COLD_BYTES / sum(x.numel() * x.element_size() for x in tensors))
-    # One scalar for all: kernels are specialised by the alignment of what they read, and its copies would differ in it.
-    pools = [x.repeat(copies, *[1] * x.dim()).view(copies, *x.shape) if x.dim() else x for x in tensors]
-    for i in count():
-        yield [pool[i % copies] if x.dim() else pool for pool, x in zip(pools, tensors, strict=True)]
+@cache
+def _run() -> dict[str, Any]:
+    return describe_run(_stopwatch())
 
 
-def _synchronize() -> None:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
+class _Collected:
+    """The rows of this session, written whenever the chains of one size are complete."""
+
+    def __init__(self, path: str | None) -> None:
+        self.path = None if path is None else Path(path)
+        self.rows: list[Row] = []
+
+    def add(self, row: Row) -> None:
+        if self.rows and self.rows[-1].group[:4] != row.group[:4]:
+            self.save()
+        self.rows.append(row)
+
+    @cached_property
+    def results(self) -> Results:
+        """What the file held before, to which the rows are added."""
+        results = Results(machine_name(DEVICE), DEVICE.type)
+        if self.path.suffix != ".json":
+            self.path /= results.file_name
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        return Results.load(self.path) if self.path.exists() else results
+
+    def save(self) -> None:
+        if self.path is not None and self.rows:
+            self.results.merge(Results(machine_name(DEVICE), DEVICE.type, [_run()], self.rows))
+            self.results.save(self.path)
 
 
-def _call(chain: Callable[[Inputs], Outputs], mode: str, inputs: Inputs, upstream: list[Tensor]) -> None:
-    """What is timed."""
-    outputs = chain(inputs)
-    if mode == "forward+backward":
-        torch.autograd.grad(outputs, [x for x in inputs.values() if x.requires_grad], upstream)
-    _synchronize()
+_COLLECTED = pytest.StashKey[_Collected]()
 
 
-@lru_cache
-def _environment() -> dict[str, str | int]:
-    cuda = DEVICE.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name() if cuda else cpuinfo.get_cpu_info().get("brand_raw", "CPU"),
-        "torch": torch.__version__,
-        "triton": importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "not installed",
-        "threads": torch.get_num_threads(),
-    }
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_COLLECTED] = _Collected(config.getoption("--results"))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    session.config.stash[_COLLECTED].save()
 
 
 @pytest.fixture
-def time_chain(benchmark: BenchmarkFixture) -> Callable[[Case, tuple[int, ...], str, str, str], None]:
-    """Time one chain of a case: `time_chain(case, shape, dtype, mode, chain)`; fails untimed where fused is wrong."""
+def time_callable(benchmark: BenchmarkFixture, pytestconfig: pytest.Config) -> Callable[..., None]:
+    """Time a callable and keep its figures.
 
-    def time_one(case: Case, shape: tuple[int, ...], dtype: str, mode: str, chain: str) -> None:
-        torch._dynamo.reset()
-        torch.manual_seed(0)
-        prepared = _prepare(case, shape, dtype)
-        if prepared.path == "interpreted":
-            pytest.skip("TRITON_INTERPRET=1: an interpreted kernel has no speed worth a number")
-        if not prepared.error <= 1:
-            pytest.fail(f"no time: the error of fused {case.name} is {prepared.error:.3g} times what is allowed")
+    `time_callable(prepare, capture=True, whole=False, **of_row)`: `prepare()` returns the call to be timed, with
+    whatever has to be fresh each time made beforehand; `of_row` are fields of `genfast.bench.results.Row`. With
+    `capture` the call is also timed inside a CUDA graph. A `whole` call is a program of its own, like an epoch: it is
+    timed on the wall, and a few times only.
+    """
 
-        plain = {"fused": case.fused, "eager": case.eager, "reference": case.exact, "compiled": case.eager}[chain]
-        with torch.no_grad():
-            outputs = plain(prepared.inputs)
-        upstream = [grad.to(output.dtype) for grad, output in zip(prepared.upstream, outputs, strict=True)]
-        function = torch.compile(plain) if chain == "compiled" else plain
-        leaves = differentiable(prepared.inputs)
-        copies = _copies([*prepared.inputs.values(), *upstream])
-        del outputs
+    def time_one(prepare: Callable[[], Call], capture: bool = True, whole: bool = False, **of_row: Any) -> None:
+        if pytestconfig.getoption("--compile-only"):
+            # Twice: mode="reduce-overhead" records at the second call.
+            for _ in range(2):
+                prepare()()
+            benchmark.pedantic(lambda: None)
+            return
+        stopwatch = _stopwatch()
+        load = os.getloadavg()[0]
+        expected = stopwatch.warm_up(prepare, calls=1 if whole else 4)
+        low, high = (WHOLE_ROUNDS,) * 2 if whole else ROUNDS[DEVICE.type]
+        rounds = min(max(int(SECONDS[DEVICE.type] / expected), low), high)
+        samples: list[float] = []
 
-        def setup() -> tuple[tuple, dict]:
-            tensors = next(copies)
-            inputs = dict(zip(prepared.inputs, tensors, strict=False))
-            inputs.update({name: inputs[name].detach().requires_grad_() for name in leaves})
-            _synchronize()
-            return (function, mode, inputs, tensors[len(inputs) :]), {}
+        def one_round() -> None:
+            samples.append(stopwatch.wall(prepare) if whole else stopwatch.cold(prepare))
+            _CLOCK.seconds += samples[-1]
 
-        # Compiles outside of every timing, and tells how many rounds there is time for.
-        seconds = []
-        for _ in range(4):
-            arguments, _ = setup()
-            start = time.perf_counter()
-            _call(*arguments)
-            seconds.append(time.perf_counter() - start)
-        low, high = ROUNDS[DEVICE.type]
-        rounds = min(max(int(SECONDS[DEVICE.type] / min(seconds)), low), high)
-
-        moved = _bytes_moved(case, prepared, shape, mode)
-        where = "x".join(map(str, shape))
-        benchmark.group = f"{case.name} {where} {dtype} {mode} on {DEVICE.type}"
+        shape = "x".join(map(str, of_row["shape"]))
+        words = [of_row["case"], shape, of_row["dtype"], of_row["mode"], of_row["place"]]
+        benchmark.group = f"{' '.join(word for word in words if word)} on {DEVICE.type}"
         # The group says the rest, and the full name keeps every parameter.
-        benchmark.name = chain
-        benchmark.extra_info.update(
-            op=case.op, case=case.name, chain=chain, dtype=dtype, shape=list(shape), mode=mode,
-            elements=math.prod(shape), bytes=moved, path=prepared.path, error_over_allowed=prepared.error,
-            load=os.getloadavg()[0], **_environment(),
+        benchmark.name = of_row["chain"]
+        benchmark.pedantic(one_round, rounds=rounds, warmup_rounds=rounds // 10)
+        if benchmark.stats is None:
+            return
+        time = Interval.of(samples[-rounds:])
+        graph, no_graph, host = None, None, None
+        if stopwatch.cuda and not whole:
+            host = stopwatch.host(prepare)
+            try:
+                graph = stopwatch.graph(prepare, time.median) if capture else None
+            except RuntimeError as error:
+                no_graph = str(error).splitlines()[0]
+        moved = of_row.get("bytes")
+        share = None if moved is None else moved / time.median / _run()["copy_bandwidth"]
+        row = Row(
+            **of_row, time=time, graph=graph, no_graph=no_graph, host=host, copy_share=share, load=load,
+            peak_bytes=None if whole else stopwatch.peak_bytes(prepare),
         )  # fmt: skip
-        benchmark.pedantic(_call, setup=setup, rounds=rounds, warmup_rounds=rounds // 10)
-        if benchmark.stats is not None:
-            benchmark.extra_info["GB/s"] = moved / benchmark.stats.stats.median / 1e9
+        benchmark.extra_info.update(_run(), device=machine_name(DEVICE), elements=row.elements, **of_row)
+        benchmark.extra_info |= {"copy_share": share, "peak_bytes": row.peak_bytes, "load": load, "no_graph": no_graph}
+        for name, interval in (("graph_us", graph), ("host_us", host)):
+            benchmark.extra_info[name] = None if interval is None else interval.median * 1e6
+        if moved is not None:
+            benchmark.extra_info["GB/s"] = moved / time.median / 1e9
+        pytestconfig.stash[_COLLECTED].add(row)
 
     return time_one
+
+
+# The chains of one preparation run one after another, and both modes of one chain share what is compiled.
+_prepared = lru_cache(maxsize=1)(prepare)
+
+
+@lru_cache(maxsize=1)
+def _built(case: Case, place: str, chain: str, shape: tuple[int, ...], dtype: str) -> Callable:
+    torch._dynamo.reset()
+    if DEVICE.type == "cuda":
+        # The graphs of mode="reduce-overhead" keep their memory beyond a reset of the compiler.
+        cudagraph_trees.reset_cudagraph_trees()
+    return build(case, place, chain)
+
+
+@pytest.fixture
+def time_chain(time_callable: Callable[..., None], pytestconfig: pytest.Config) -> Callable[..., None]:
+    """Time one chain of a case; fails untimed where what we made is wrong."""
+
+    def time_one(case: Case, shape: tuple[int, ...], dtype: str, place: str, chain: str, mode: str) -> None:
+        torch.manual_seed(0)
+        checked = not pytestconfig.getoption("--compile-only")
+        work = _prepared(case, shape, DTYPES[dtype], DEVICE, place, checked)
+        if work.path == "interpreted":
+            pytest.skip("TRITON_INTERPRET=1: an interpreted kernel has no speed worth a number")
+        function, error = _built(case, place, chain, shape, dtype), work.error
+        if checked and chain == "fused-compiled" and place == "alone":
+            error = max(error, excess(case, function, work.inputs, work.upstream))
+        if checked and not error <= 1:
+            pytest.fail(f"no time: the error of fused {case.name} is {error:.3g} times what is allowed")
+        time_callable(
+            lambda: _call(function, work, mode, CHAINS[chain][1] == "reduce-overhead"),
+            # What replays graphs of its own cannot be captured in another.
+            capture=chain != "reduce-overhead",
+            op=case.op, case=case.name, shape=shape, dtype=dtype, mode=mode, place=place, chain=chain,
+            bytes=work.bytes[mode], error=error if chain.startswith("fused") else None, path=work.path,
+        )  # fmt: skip
+
+    return time_one
+
+
+def _call(function: Callable, work: Workload, mode: str, replays: bool) -> Call:
+    """One call with leaves of its own; they require gradients in the forward pass too: what backward needs is kept."""
+    leaves = {name: work.inputs[name].detach().requires_grad_() for name in work.leaves}
+    inputs = {**work.inputs, **leaves}
+
+    def call() -> None:
+        if replays:
+            # Without it each call would wait for a backward pass of the one before.
+            torch.compiler.cudagraph_mark_step_begin()
+        outputs = function(inputs)
+        if mode == "forward+backward":
+            upstream = [grad.to(output.dtype) for grad, output in zip(work.upstream, outputs, strict=True)]
+            torch.autograd.grad(outputs, list(leaves.values()), upstream)
+
+    return call
+
+
+@pytest.fixture(autouse=True)
+def _let_go() -> Iterator[None]:
+    """What an earlier size holds is given back before the next one needs it."""
+    yield
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""The command line: train, sample, evaluate, info, check."""
+"""The command line: train, sample, evaluate, info, check, bench."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from torch import Tensor
 import genfast
 from genfast import random, report, training
 from genfast._files import replacing
+from genfast.bench import cli as bench
 from genfast.models import registry
 
 __all__ = ["ClickException", "app"]
@@ -31,6 +32,7 @@ ClickException = next(base for base in typer.BadParameter.__mro__ if base.__name
 app = typer.Typer(
     help="Generative models with fused kernels: train, look, measure.", add_completion=False, rich_markup_mode=None
 )
+app.add_typer(bench.app, name="bench")
 
 _RUN_FILES = (
     "run.json", "config.json", "model.safetensors", "metrics.jsonl", "samples.png", "reconstructions.png",
