@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -49,7 +51,8 @@ def launch(kernel, grid: int, *args, **constexprs) -> None:
         kernel[(grid,)](*args, **constexprs)
     elif is_plain(args[0]):
         # Triton launches on the current device, whatever device its arguments are on.
-        with torch.cuda.device_of(args[0]):
+        elsewhere = args[0].get_device() != torch.cuda.current_device()
+        with torch.cuda.device_of(args[0]) if elsewhere else contextlib.nullcontext():
             kernel[(grid,)](*args, **constexprs, **OPTIONS)
     else:
         # A traced launch does not take the other option; accuracy rests on products fused by name, in the kernels.
@@ -115,19 +118,33 @@ class Tiling:
 
     def strides(self, x: Tensor) -> tuple[int, int, int]:
         """(sample, channel, column) strides as `locate` in the kernels takes them."""
-        sample, channel, column = _split(x)
-        if self.channels == 1:
-            channel, column = 0, _flat(x)
-        unit = self.vec if column == 1 else 1
-        return sample // unit, channel // unit, column
+        layout = Layout.of(x)
+        steps = _steps if layout.is_symbolic else _steps_cached
+        return steps(layout, self.channels, self.vec)
 
 
-def _split(x: Tensor) -> tuple[int, int, int] | None:
+class Layout(NamedTuple):
+    """All of a tensor that decides about its tiling."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @classmethod
+    def of(cls, x: Tensor) -> Layout:
+        return cls(tuple(x.shape), x.stride())
+
+    @property
+    def is_symbolic(self) -> bool:
+        """Whether a trace left sizes open: such a layout is no key of a cache."""
+        return any(type(size) is not int for size in (*self.shape, *self.strides))
+
+
+def _split(x: Layout) -> tuple[int, int, int] | None:
     """Strides of x as [B, C, P], or None where dimensions 2.. are not one run of equal steps."""
-    sample = x.stride(0)
-    channel = x.stride(1) if x.dim() > 1 else 0
+    sample = x.strides[0]
+    channel = x.strides[1] if len(x.shape) > 1 else 0
     column, expected = None, None
-    for size, stride in zip(reversed(x.shape[2:]), reversed(x.stride()[2:]), strict=True):
+    for size, stride in zip(reversed(x.shape[2:]), reversed(x.strides[2:]), strict=True):
         if size == 1:
             continue
         if column is None:
@@ -139,28 +156,40 @@ def _split(x: Tensor) -> tuple[int, int, int] | None:
     return sample, channel, 1 if column is None else column
 
 
-def _inner(x: Tensor) -> int:
+def _steps(x: Layout, channels: int, vec: int) -> tuple[int, int, int]:
+    sample, channel, column = _split(x)
+    if channels == 1:
+        channel, column = 0, _flat(x)
+    unit = vec if column == 1 else 1
+    return sample // unit, channel // unit, column
+
+
+# A training loop meets few layouts, and finding a tiling costs as much host time as a launch.
+_steps_cached = lru_cache(maxsize=1024)(_steps)
+
+
+def _inner(x: Layout) -> int:
     size = 1
     for extent in x.shape[2:]:
         size *= extent
     return size
 
 
-def _flat(x: Tensor) -> int | None:
+def _flat(x: Layout) -> int | None:
     """The one stride between the elements of a sample in logical order, or None where there is no such."""
     split = _split(x)
     if split is None:
         return None
     _, channel, column = split
     inner = _inner(x)
-    if x.dim() == 1 or (inner == 1 and x.shape[1] == 1):
+    if len(x.shape) == 1 or (inner == 1 and x.shape[1] == 1):
         return 1
     if inner == 1:
         return channel
     return column if x.shape[1] == 1 or channel == inner * column else None
 
 
-def _is_direct(x: Tensor, by_channel: bool) -> bool:
+def _is_direct(x: Layout, by_channel: bool) -> bool:
     # Steps between columns that are neither contiguous, nor broadcast, nor channels_last would read one cache line an
     # element: copying once is cheaper.
     if not by_channel:
@@ -180,32 +209,38 @@ def block(cols: int, size: int = TILE) -> int:
 def tile(*tensors: Tensor | None, size: int = TILE) -> tuple[Tiling, list[Tensor | None]]:
     """Choose tiles of `size` elements for tensors of one shape [B, ...]; returns the tiling and the tensors, copied
     only where they must be."""
-    tiling, direct = _tile([x for x in tensors if x is not None], size)
-    placed = iter(direct)
-    return tiling, [None if x is None else next(placed) for x in tensors]
+    given = [x for x in tensors if x is not None]
+    layouts = tuple(Layout.of(x) for x in given)
+    symbolic = any(layout.is_symbolic for layout in layouts)
+    tiling, direct = (_tile if symbolic else _tile_cached)(layouts, size)
+    read_in_place = iter(direct)
+    return tiling, [x if x is None or next(read_in_place) else x.contiguous() for x in tensors]
 
 
-def _tile(tensors: list[Tensor], size: int) -> tuple[Tiling, list[Tensor]]:
-    shape = tensors[0].shape
+def _tile(layouts: tuple[Layout, ...], size: int) -> tuple[Tiling, tuple[bool, ...]]:
+    """The tiling, and which of the tensors it reads as they are: the others are to be made contiguous."""
+    shape = layouts[0].shape
     batch, channels = shape[0], shape[1] if len(shape) > 1 else 1
-    inner = _inner(tensors[0])
+    inner = _inner(layouts[0])
     # Four neighbours share a Philox call, so a channel can be a row of its own only if its length is a multiple of 4.
-    by_channel = inner % 4 == 0 and inner > 1 and not all(_is_direct(x, False) for x in tensors)
-    direct = [x if _is_direct(x, by_channel) else x.contiguous() for x in tensors]
-    if not by_channel:
-        channels, inner = 1, channels * inner
+    by_channel = inner % 4 == 0 and inner > 1 and not all(_is_direct(x, False) for x in layouts)
+    direct = tuple(_is_direct(x, by_channel) for x in layouts)
+    row = inner if by_channel else channels * inner
     vec = 16
-    while inner % vec:
+    while row % vec:
         vec //= 2
-    for x in direct:
+    for x in (x for x, as_it_is in zip(layouts, direct, strict=True) if as_it_is):
         sample, channel, _ = _split(x)
         column = _split(x)[2] if by_channel else _flat(x)
         steps = (sample, channel) if by_channel else (sample,)
         while column == 1 and any(step % vec for step in steps):
             vec //= 2
     # By channel a tile spans up to 16 of them: neighbours in memory, where the layout is channels_last.
-    block_cols = block(inner, size // block(channels, 16) if by_channel else size)
-    return Tiling(batch, channels, inner, vec, size // block_cols, block_cols), direct
+    block_cols = block(row, size // block(channels, 16) if by_channel else size)
+    return Tiling(batch, channels if by_channel else 1, row, vec, size // block_cols, block_cols), direct
+
+
+_tile_cached = lru_cache(maxsize=1024)(_tile)
 
 
 @triton.jit
