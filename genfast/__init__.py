@@ -13,7 +13,7 @@ _LAZY = {
     "AutoEncoder": "genfast.models",
     "fit": "genfast.training",
 }
-_SUBMODULES = ("functional", "integrations", "models", "random", "reference", "training")
+_SUBMODULES = ("functional", "integrations", "models", "profiling", "random", "reference", "training")
 
 __all__ = [
     "VAE",
@@ -23,13 +23,14 @@ __all__ = [
     "functional",
     "integrations",
     "models",
+    "profiling",
     "random",
     "reference",
     "training",
 ]
 
 if TYPE_CHECKING:
-    from genfast import functional, integrations, models, random, reference, training
+    from genfast import functional, integrations, models, profiling, random, reference, training
     from genfast.models import VAE, AutoEncoder
     from genfast.training import fit
 

@@ -1,7 +1,8 @@
 """What a kernel costs, read off machine code that is compiled without a GPU.
 
-`recorded` collects the launches that an op would make, `compile_launch` compiles one for a target, and `cost` counts
-the instructions on its fall-through path. Needs Triton, whose package carries the assembler and disassembler.
+`recorded` collects the launches that an op would make, `compile_launch` compiles one for a target, `disassemble` finds
+its fall-through path, and `cost` counts the instructions on it. Needs Triton, whose package carries the assembler and
+the disassembler.
 """
 
 from __future__ import annotations
@@ -49,6 +50,57 @@ class Launch:
         """Module and function, as in ``reparameterize_kl._forward``."""
         return f"{self.kernel.__module__.rsplit('.', 1)[-1]}.{self.kernel.__name__}"
 
+    @property
+    def elements(self) -> int:
+        """Elements of one tile."""
+        return self.constexprs.get("R", 1) * self.constexprs["C"]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel of the library, as an op launches it.
+
+    Attributes:
+        launch: with meta tensors as arguments.
+        scalars: how many of its memory accesses are single numbers rather than parts of the tile (the seed, a row's
+            sum, a row's incoming gradient).
+        bytes: what each element of the main tensor reads and writes by design; single numbers are not counted.
+    """
+
+    launch: Launch
+    scalars: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Code:
+    """What one lane executes.
+
+    Attributes:
+        opcodes: on the fall-through path, which goes round every loop once.
+        loops: where among the opcodes each loop's body lies.
+        registers: of a lane.
+    """
+
+    opcodes: list[str]
+    loops: list[slice]
+    registers: int
+
+    @property
+    def spills(self) -> int:
+        """Accesses to the memory that stands in for registers."""
+        return sum(opcode.startswith(("LDL", "STL")) for opcode in self.opcodes)
+
+    def widths(self, part: slice = slice(None)) -> dict[int, int]:
+        """How many accesses to global memory there are of each width in bits.
+
+        Example:
+            >>> Code(["LDG.E.128", "FADD", "STG.E.U16", "EXIT"], [], 8).widths()
+            {16: 1, 128: 1}
+        """
+        accesses = [opcode for opcode in self.opcodes[part] if opcode.startswith(("LDG", "STG"))]
+        return dict(sorted(collections.Counter(map(_bits, accesses)).items()))
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -69,13 +121,8 @@ def recorded(function: Callable[[], Any]) -> list[Launch]:
     return [Launch(*launch) for launch in launches]
 
 
-def every_launch(dtype: torch.dtype, shape: tuple[int, ...] = (8192, 4096)) -> dict[str, tuple[Launch, int]]:
-    """Every kernel of the library as it is launched for tensors of `shape` and `dtype`.
-
-    Returns:
-        For each name the launch, and how many of its memory accesses are single numbers rather than parts of the tile
-        (the seed, a row's sum, a row's incoming gradient).
-    """
+def every_launch(dtype: torch.dtype, shape: tuple[int, ...] = (8192, 4096)) -> dict[str, Kernel]:
+    """Every kernel of the library as it is launched for tensors of `shape` and `dtype`; a name begins with its op's."""
     from genfast.kernels import bernoulli_nll, kl_normal, philox, reparameterize_kl, reparameterize_kl_packed
 
     x = torch.empty(shape, dtype=dtype, device="meta")
@@ -84,39 +131,45 @@ def every_launch(dtype: torch.dtype, shape: tuple[int, ...] = (8192, 4096)) -> d
     seed = torch.empty(1, dtype=torch.int64, device="meta")
     rows = torch.empty(shape[0], device="meta")
     plain, free = (0, 0.0, None), (0, 0.25, [-1.0, 1.0])
+    size = dtype.itemsize
+    # The call, its scalar accesses, its bytes.
     calls = {
-        "reparameterize_kl": (lambda: reparameterize_kl.forward(x, x, seed, None, *plain), 2),
-        "reparameterize_kl, free bits and clamp": (lambda: reparameterize_kl.forward(x, x, seed, None, *free), 2),
-        "reparameterize_kl, given eps": (lambda: reparameterize_kl.forward(x, x, None, x, *plain), 1),
-        "reparameterize_kl backward": (lambda: reparameterize_kl.backward(x, x, seed, None, *plain, x, rows), 2),
+        "reparameterize_kl": (lambda: reparameterize_kl.forward(x, x, seed, None, *plain), 2, 3 * size),
+        "reparameterize_kl, free bits and clamp": (
+            lambda: reparameterize_kl.forward(x, x, seed, None, *free), 2, 3 * size,
+        ),
+        "reparameterize_kl, given eps": (lambda: reparameterize_kl.forward(x, x, None, x, *plain), 1, 4 * size),
+        "reparameterize_kl backward": (
+            lambda: reparameterize_kl.backward(x, x, seed, None, *plain, x, rows), 2, 5 * size,
+        ),
         "reparameterize_kl backward, free bits and clamp": (
-            lambda: reparameterize_kl.backward(x, x, seed, None, *free, x, rows),
-            2,
+            lambda: reparameterize_kl.backward(x, x, seed, None, *free, x, rows), 2, 5 * size,
         ),
-        "reparameterize_kl_packed": (lambda: reparameterize_kl_packed.forward(h, seed, None, *plain), 2),
+        "reparameterize_kl_packed": (lambda: reparameterize_kl_packed.forward(h, seed, None, *plain), 2, 3 * size),
         "reparameterize_kl_packed backward": (
-            lambda: reparameterize_kl_packed.backward(h, seed, None, *plain, x, rows),
-            2,
+            lambda: reparameterize_kl_packed.backward(h, seed, None, *plain, x, rows), 2, 5 * size,
         ),
-        "kl_normal": (lambda: kl_normal.forward(x, x, x, x), 1),
-        "kl_normal backward": (lambda: kl_normal.backward(x, x, x, x, rows), 1),
-        "bernoulli_nll": (lambda: bernoulli_nll.forward(x, x), 1),
-        "bernoulli_nll, uint8": (lambda: bernoulli_nll.forward(x, pixels), 1),
-        "bernoulli_nll backward": (lambda: bernoulli_nll.backward(x, x, rows), 1),
-        "bernoulli_nll backward, uint8": (lambda: bernoulli_nll.backward(x, pixels, rows), 1),
-        "bernoulli_nll with gradient": (lambda: bernoulli_nll.forward_with_grad(x, x, True), 1),
-        "bernoulli_nll with gradient, uint8": (lambda: bernoulli_nll.forward_with_grad(x, pixels, True), 1),
-        "bernoulli_nll rescale": (lambda: bernoulli_nll.rescale(x, rows[0]), 1),
-    }
+        "kl_normal": (lambda: kl_normal.forward(x, x, x, x), 1, 4 * size),
+        "kl_normal backward": (lambda: kl_normal.backward(x, x, x, x, rows), 1, 8 * size),
+        "bernoulli_nll": (lambda: bernoulli_nll.forward(x, x), 1, 2 * size),
+        "bernoulli_nll, uint8": (lambda: bernoulli_nll.forward(x, pixels), 1, size + 1),
+        "bernoulli_nll backward": (lambda: bernoulli_nll.backward(x, x, rows), 1, 3 * size),
+        "bernoulli_nll backward, uint8": (lambda: bernoulli_nll.backward(x, pixels, rows), 1, 2 * size + 1),
+        "bernoulli_nll with gradient": (lambda: bernoulli_nll.forward_with_grad(x, x, True), 1, 3 * size),
+        "bernoulli_nll with gradient, uint8": (
+            lambda: bernoulli_nll.forward_with_grad(x, pixels, True), 1, 2 * size + 1,
+        ),
+        "bernoulli_nll rescale": (lambda: bernoulli_nll.rescale(x, rows[0]), 1, 2 * size),
+    }  # fmt: skip
     if dtype == torch.float32:
         for kind in ("normal", "uniform"):
             fill = getattr(philox, f"fill_{kind}")
-            calls[f"philox {kind}"] = (lambda fill=fill: fill(seed, shape[0], shape[1], 1, 0, seed), 2)
-    launches = {}
-    for name, (call, scalars) in calls.items():
+            calls[f"philox {kind}"] = (lambda fill=fill: fill(seed, shape[0], shape[1], 1, 0, seed), 2, size)
+    kernels = {}
+    for name, (call, scalars, moved) in calls.items():
         (launch,) = recorded(call)
-        launches[name] = (launch, scalars)
-    return launches
+        kernels[name] = Kernel(launch, scalars, moved)
+    return kernels
 
 
 def _typed(value: Any) -> str:
@@ -171,37 +224,46 @@ def _stderr_of_libraries(sink: io.StringIO):
             sink.write(file.read())
 
 
-def _cuobjdump(compiled: Any, flag: str) -> str:
+def disassemble(compiled: Any) -> Code:
+    """The path through a compiled CUDA kernel."""
     import triton
 
     tool = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        run = subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True)
-    return run.stdout + run.stderr
+        run = subprocess.run([tool, "-sass", "-res-usage", file.name], capture_output=True, text=True, check=True)
+    printed = run.stdout + run.stderr
+    opcodes, loops = _executed(printed)
+    return Code(opcodes, loops, int(re.search(r"REG:(\d+)", printed)[1]))
 
 
-def _executed(sass: str) -> list[str]:
+def _executed(sass: str) -> tuple[list[str], list[slice]]:
     """Opcodes on the fall-through path: slow paths, which branch away or hide in BSSY regions, are left out."""
     code = [(int(m[1], 16), m[2], m[3], m[4]) for m in map(_INSTRUCTION.match, sass.splitlines()) if m]
     at = {address: index for index, (address, *_) in enumerate(code)}
     index, depth, path = 0, 0, []
+    # Addresses that the path went through, with their place on it.
+    passed: dict[int, int] = {}
+    loops = []
     while index < len(code):
         address, predicate, opcode, operands = code[index]
         base = opcode.split(".")[0]
+        passed[address] = len(path)
         if opcode != "NOP":
             path.append(opcode)
         depth += (base == "BSSY") - (base == "BSYNC")
         if base in ("EXIT", "BRA") and not predicate:
             break
-        if base == "BRA" and depth > 0:
+        if base == "BRA":
             goal = int(re.search(r"0x([0-9a-f]+)", operands)[1], 16)
-            if goal > address:
+            if goal > address and depth > 0:
                 index = at[goal]
                 continue
+            if goal in passed:
+                loops.append(slice(passed[goal], len(path)))
         index += 1
-    return path
+    return path, loops
 
 
 def _bits(opcode: str) -> int:
@@ -226,12 +288,10 @@ def cost(launch: Launch, target: str = "sm_90") -> Cost:
     compiled, printed = compile_launch(launch, target)
     if printed:
         raise RuntimeError(f"{launch.name} on {target}: the compiler printed: {printed}")
-    path = _executed(_cuobjdump(compiled, "-sass"))
-    accesses = [opcode for opcode in path if opcode.startswith(("LDG", "STG"))]
-    elements = launch.constexprs.get("R", 1) * launch.constexprs["C"]
+    code = disassemble(compiled)
     return Cost(
-        instructions=len(path) * 32 * WARPS / elements,
-        registers=int(re.search(r"REG:(\d+)", _cuobjdump(compiled, "-res-usage"))[1]),
-        spills=sum(opcode.startswith(("LDL", "STL")) for opcode in path),
-        widths=dict(sorted(collections.Counter(map(_bits, accesses)).items())),
+        instructions=len(code.opcodes) * 32 * WARPS / launch.elements,
+        registers=code.registers,
+        spills=code.spills,
+        widths=code.widths(),
     )

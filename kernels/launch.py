@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 import triton
@@ -118,33 +117,20 @@ class Tiling:
 
     def strides(self, x: Tensor) -> tuple[int, int, int]:
         """(sample, channel, column) strides as `locate` in the kernels takes them."""
-        layout = Layout.of(x)
-        steps = _steps if layout.is_symbolic else _steps_cached
-        return steps(layout, self.channels, self.vec)
+        return (_steps_cached if is_plain(x) else _steps)((x.shape, x.stride()), self.channels, self.vec)
 
 
-class Layout(NamedTuple):
-    """All of a tensor that decides about its tiling."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-    @classmethod
-    def of(cls, x: Tensor) -> Layout:
-        return cls(tuple(x.shape), x.stride())
-
-    @property
-    def is_symbolic(self) -> bool:
-        """Whether a trace left sizes open: such a layout is no key of a cache."""
-        return any(type(size) is not int for size in (*self.shape, *self.strides))
+# All of a tensor that decides about its tiling: shape and strides. A trace may leave them open, as no key of a cache.
+Layout = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def _split(x: Layout) -> tuple[int, int, int] | None:
     """Strides of x as [B, C, P], or None where dimensions 2.. are not one run of equal steps."""
-    sample = x.strides[0]
-    channel = x.strides[1] if len(x.shape) > 1 else 0
+    shape, strides = x
+    sample = strides[0]
+    channel = strides[1] if len(shape) > 1 else 0
     column, expected = None, None
-    for size, stride in zip(reversed(x.shape[2:]), reversed(x.strides[2:]), strict=True):
+    for size, stride in zip(reversed(shape[2:]), reversed(strides[2:]), strict=True):
         if size == 1:
             continue
         if column is None:
@@ -168,9 +154,9 @@ def _steps(x: Layout, channels: int, vec: int) -> tuple[int, int, int]:
 _steps_cached = lru_cache(maxsize=1024)(_steps)
 
 
-def _inner(x: Layout) -> int:
+def _inner(shape: tuple[int, ...]) -> int:
     size = 1
-    for extent in x.shape[2:]:
+    for extent in shape[2:]:
         size *= extent
     return size
 
@@ -181,12 +167,13 @@ def _flat(x: Layout) -> int | None:
     if split is None:
         return None
     _, channel, column = split
-    inner = _inner(x)
-    if len(x.shape) == 1 or (inner == 1 and x.shape[1] == 1):
+    shape, _ = x
+    inner = _inner(shape)
+    if len(shape) == 1 or (inner == 1 and shape[1] == 1):
         return 1
     if inner == 1:
         return channel
-    return column if x.shape[1] == 1 or channel == inner * column else None
+    return column if shape[1] == 1 or channel == inner * column else None
 
 
 def _is_direct(x: Layout, by_channel: bool) -> bool:
@@ -209,19 +196,17 @@ def block(cols: int, size: int = TILE) -> int:
 def tile(*tensors: Tensor | None, size: int = TILE) -> tuple[Tiling, list[Tensor | None]]:
     """Choose tiles of `size` elements for tensors of one shape [B, ...]; returns the tiling and the tensors, copied
     only where they must be."""
-    given = [x for x in tensors if x is not None]
-    layouts = tuple(Layout.of(x) for x in given)
-    symbolic = any(layout.is_symbolic for layout in layouts)
-    tiling, direct = (_tile if symbolic else _tile_cached)(layouts, size)
+    layouts = tuple([(x.shape, x.stride()) for x in tensors if x is not None])
+    tiling, direct = (_tile_cached if is_plain(tensors[0]) else _tile)(layouts, size)
     read_in_place = iter(direct)
     return tiling, [x if x is None or next(read_in_place) else x.contiguous() for x in tensors]
 
 
 def _tile(layouts: tuple[Layout, ...], size: int) -> tuple[Tiling, tuple[bool, ...]]:
     """The tiling, and which of the tensors it reads as they are: the others are to be made contiguous."""
-    shape = layouts[0].shape
+    shape, _ = layouts[0]
     batch, channels = shape[0], shape[1] if len(shape) > 1 else 1
-    inner = _inner(layouts[0])
+    inner = _inner(shape)
     # Four neighbours share a Philox call, so a channel can be a row of its own only if its length is a multiple of 4.
     by_channel = inner % 4 == 0 and inner > 1 and not all(_is_direct(x, False) for x in layouts)
     direct = tuple(_is_direct(x, by_channel) for x in layouts)

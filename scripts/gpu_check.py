@@ -25,7 +25,7 @@ from typing import IO, Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-OPS = ("reparameterize_kl", "reparameterize_kl_packed", "kl_normal", "bernoulli_nll")
+OPS = sorted(path.stem for path in (ROOT / "genfast" / "reference").glob("[!_]*.py"))
 # Module, and what is missing without it.
 NEEDED = {"torch": "everything", "triton": "the kernels", "numpy": "everything", "pytest": "--tests"}
 WANTED = {

@@ -19,7 +19,7 @@ Call = Callable[[], Any]
 # Past any L2 by a factor of eight.
 COLD_BYTES = 512 * 2**20
 _COPY_BYTES = {"cuda": 2**30, "cpu": 2**28}
-_HOST_CALLS = 20
+_HOST_CALLS = 10
 _GRAPH_SECONDS = 0.01
 _GRAPH_CALLS = 20
 

@@ -7,6 +7,7 @@ through to the reference, which Inductor fuses. Under TRITON_INTERPRET=1 it is o
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib
 import inspect
@@ -17,8 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
+from genfast import profiling
 from genfast._environment import FORCE_REFERENCE, HAS_TRITON, INTERPRETED
+from genfast.random import is_plain
 
 _OPS: dict[str, Any] = {}
 
@@ -74,14 +78,53 @@ def _quiet_without_triton() -> Iterator[None]:
         logger.setLevel(level)
 
 
-class Op:
-    """A registered operator, called and differentiated with the arguments of its reference."""
+_DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 
-    def __init__(self, definition: Any) -> None:
+
+def _shape_and_dtype(x: Tensor) -> str:
+    return f"{list(x.shape)} {_DTYPE_NAMES.get(x.dtype, x.dtype)}"
+
+
+def _in_plain_eager(x: Tensor) -> bool:
+    """Whether nothing traces, fakes, transforms or records the call, so that it may go past the dispatcher."""
+    transformed = torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None
+    return is_plain(x) and not transformed
+
+
+class Op:
+    """A registered operator, called and differentiated with the arguments of its reference.
+
+    In plain eager code it goes past the dispatcher, whose Python layers cost the host more than a kernel's launch: the
+    same function, the same backward, as a `torch.autograd.Function`.
+    """
+
+    def __init__(self, name: str, definition: Any, body: Callable[..., Any], mutates: tuple[int, ...]) -> None:
+        self._name = name
         self._definition = definition
+        self._body = body
+        self._mutates = mutates
+        self._function: type[torch.autograd.Function] | None = None
 
     def __call__(self, *args: Any) -> Any:
+        # In this order, or the graphs of torch.compile would depend on the switch.
+        if not is_dynamo_compiling():
+            call = self._direct if _in_plain_eager(args[0]) else self._dispatched
+            if profiling.on:
+                with profiling.range(f"{self._name} {_shape_and_dtype(args[0])}"):
+                    return call(*args)
+            return call(*args)
         return self._definition(*args, _SOURCE)
+
+    def _dispatched(self, *args: Any) -> Any:
+        return self._definition(*args, _SOURCE)
+
+    def _direct(self, *args: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+            # An op without a backward says so when it is differentiated: that is the dispatcher's to say.
+            return self._dispatched(*args) if self._function is None else self._function.apply(*args)
+        for index in self._mutates:
+            torch.autograd.graph.increment_version(args[index])
+        return self._body(*args)
 
     def register_autograd(self, backward: Callable[..., tuple], setup_context: Callable[..., None]) -> None:
         """As `torch.library.register_autograd`, without the digest among inputs and gradients."""
@@ -89,6 +132,20 @@ class Op:
             lambda ctx, *grads: (*backward(ctx, *grads), None),
             setup_context=lambda ctx, inputs, output: setup_context(ctx, inputs[:-1], output),
         )
+
+        def forward(ctx: Any, *args: Any) -> Any:
+            # In one with the context: apart from it, torch binds the arguments to a signature at every call.
+            output = self._body(*args)
+            setup_context(ctx, args, output)
+            return output
+
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        self._function = type(self._name, (torch.autograd.Function,), methods)
+
+
+@functools.cache
+def _kernel(module: str, function: str) -> Callable[..., Any]:
+    return getattr(importlib.import_module(f"genfast.kernels.{module}"), function)
 
 
 def register(name: str, module: str, function: str, mutates: tuple[str, ...] = ()) -> Op:
@@ -100,30 +157,33 @@ def register(name: str, module: str, function: str, mutates: tuple[str, ...] = (
     reference = getattr(importlib.import_module(f"genfast.reference.{module}"), function)
 
     def body(*args: Any) -> Any:
-        args = args[:-1]
         if path(args[0].device, args[0].dtype)[0] == "reference":
             return reference(*args)
-        return getattr(importlib.import_module(f"genfast.kernels.{module}"), function)(*args)
+        return _kernel(module, function)(*args)
+
+    def keyed_body(*args: Any) -> Any:
+        return body(*args[:-1])
 
     signature = inspect.signature(reference, eval_str=True)
     # Without defaults: the dispatcher leaves out trailing arguments that equal theirs.
     arguments = [p.replace(default=inspect.Parameter.empty) for p in signature.parameters.values()]
     arguments.append(inspect.Parameter("source", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=str))
-    body.__signature__ = signature.replace(parameters=arguments)
+    keyed_body.__signature__ = signature.replace(parameters=arguments)
     if INTERPRETED and HAS_TRITON:
         from genfast.kernels.launch import recording
 
         def fake(*args: Any) -> Any:
             with recording():
-                return body(*args)
+                return keyed_body(*args)
 
-        op = torch.library.custom_op(f"genfast::{name}", body, mutates_args=mutates)
+        op = torch.library.custom_op(f"genfast::{name}", keyed_body, mutates_args=mutates)
         op.register_fake(fake)
     else:
         with _quiet_without_triton():
-            op = torch.library.triton_op(f"genfast::{name}", body, mutates_args=mutates)
+            op = torch.library.triton_op(f"genfast::{name}", keyed_body, mutates_args=mutates)
     _OPS[name] = op
-    return Op(op)
+    mutated = tuple(index for index, argument in enumerate(signature.parameters) if argument in mutates)
+    return Op(name, op, body, mutated)
 
 
 def is_traced(tensor: Tensor) -> bool:

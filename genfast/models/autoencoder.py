@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from genfast import profiling
 from genfast.models.base import LatentImageModel
 
 __all__ = ["AutoEncoder"]
@@ -31,6 +32,7 @@ class AutoEncoder(LatentImageModel):
         """Images to their codes [B, latent_dim] (or [B, *latent_shape])."""
         return self._mean_code(x)
 
+    @profiling.annotate("forward")
     def forward(self, x: Tensor) -> Tensor:
         """Images to their reconstructions; see `decode` for the shape."""
         return self.decode(self.encode(x))
@@ -51,5 +53,8 @@ class AutoEncoder(LatentImageModel):
             ['loss', 'nll']
         """
         x = self._check_images(x)
-        nll = self._nll(self._decode(self._code(x)[0]), x, "mean")
-        return {"loss": nll, "nll": nll}
+        with profiling.range("forward"):
+            out = self._decode(self._code(x)[0])
+        with profiling.range("loss"):
+            nll = self._nll(out, x, "mean")
+            return {"loss": nll, "nll": nll}

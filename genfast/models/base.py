@@ -20,6 +20,7 @@ from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 
+from genfast import profiling
 from genfast._files import replacing
 from genfast.functional import bernoulli_nll
 from genfast.models.networks import add_mlp, conv_decoder, conv_encoder, largest_activation, run_mlp
@@ -101,6 +102,7 @@ class Model(nn.Module, PyTorchModelHubMixin, library_name="genfast"):
         uncompiled = type(self).loss.__get__(self)
         compiled = torch.compile(uncompiled, **options)
 
+        @profiling.annotate("forward and loss")
         @functools.wraps(uncompiled)
         def loss(x: Tensor, *more: Any, seed: int | Tensor | None = None, **rest: Any) -> dict[str, Tensor]:
             # An int would be a constant of the graph: compiled anew for every seed.
@@ -415,6 +417,7 @@ class LatentImageModel(Model):
         """
         return self._mean(self._decode(z))
 
+    @profiling.annotate("sampling step")
     def sample(
         self,
         n: int,

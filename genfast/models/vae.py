@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from genfast import profiling
 from genfast.functional import _checks, reparameterize_kl, reparameterize_kl_packed
 from genfast.models.base import LatentImageModel, check_choice, evaluating, wide
 from genfast.random import Stream, as_seed, normal
@@ -80,6 +81,7 @@ class VAE(LatentImageModel):
             return reparameterize_kl(mu, logvar, seed=seed, row_offset=row_offset)[0]
         return mu + _noise_like(mu, seed, row_offset) * torch.exp(0.5 * logvar)
 
+    @profiling.annotate("forward")
     def forward(
         self, x: Tensor, *, seed: int | Tensor | None = None, row_offset: int = 0
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -122,9 +124,12 @@ class VAE(LatentImageModel):
             raise ValueError(f"beta: expected a finite number, got {beta}")
         _checks.non_negative("free_bits", free_bits)
         x = self._check_images(x)
-        z, kl = self._draw(x, seed, row_offset, free_bits)
-        nll, kl = self._nll(self._decode(z), x, "mean"), kl.mean()
-        return {"loss": nll + beta * kl, "nll": nll, "kl": kl}
+        with profiling.range("forward"):
+            z, kl = self._draw(x, seed, row_offset, free_bits)
+            out = self._decode(z)
+        with profiling.range("loss"):
+            nll, kl = self._nll(out, x, "mean"), kl.mean()
+            return {"loss": nll + beta * kl, "nll": nll, "kl": kl}
 
     def elbo(self, x: Tensor, *, seed: int | Tensor | None = None, row_offset: int = 0) -> Tensor:
         """A one-draw estimate of the evidence lower bound of each image: fp32 [B], nats. Arguments as for `loss`.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from genfast import random
+from genfast import profiling, random
 from genfast.models.base import evaluating
 from genfast.training.data import ImageBatches
 from genfast.training.progress import Progress
@@ -107,7 +107,7 @@ def fit(
             means = _Means()
             shown.start_epoch(epoch)
             started = time.perf_counter()
-            for batch in batches.epoch(seed, epoch):
+            for batch in profiling.each("data", batches.epoch(seed, epoch)):
                 steps += 1
                 values = step(batch, seed=random.derive_seed(seed, steps))
                 means.add(values, len(batch))

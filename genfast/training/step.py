@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from genfast import random
+from genfast import profiling, random
 
 __all__ = ["TrainStep"]
 
@@ -63,6 +63,7 @@ class TrainStep:
         if compile:
             model.compile()
 
+    @profiling.annotate("step")
     def __call__(
         self, batch: Tensor, *, seed: int | Tensor | None = None, row_offset: int = 0
     ) -> dict[str, Tensor]:
@@ -82,9 +83,10 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(batch.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
             parts = self.model.loss(batch, seed=seed, row_offset=row_offset, **self.loss_options)
-        parts["loss"].backward()
+        profiling.backward(parts["loss"])
         values = {name: value.detach() for name, value in parts.items()}
-        if self.grad_clip is not None:
-            values["grad_norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
-        self.optimizer.step()
+        with profiling.range("optimizer"):
+            if self.grad_clip is not None:
+                values["grad_norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
+            self.optimizer.step()
         return values
