@@ -75,6 +75,6 @@ def test_training_step(
         train(images)
 
     time_callable(
-        lambda: call, capture=mode != "reduce-overhead", op="training step", case=f"{family} {preset}",
+        lambda: call, kind="step", capture=mode != "reduce-overhead", op="training step", case=f"{family} {preset}",
         shape=(batch, 1, 28, 28), dtype=dtype, mode="", place="", chain=step, error=error if fused else None,
     )  # fmt: skip

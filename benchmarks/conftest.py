@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
 from torch._inductor import cudagraph_trees
 
-from genfast.bench.chains import CHAINS, MODES, PLACES, Workload, build, excess, prepare
+from genfast.bench.chains import CHAINS, MODES, PLACES, Workload, build, excess, excess_between, prepare
 from genfast.bench.machine import describe_run, machine_name
 from genfast.bench.results import Results, Row
 from genfast.bench.timing import Call, Interval, Stopwatch
@@ -26,7 +27,7 @@ DEFAULT_CHAINS = {"cuda": tuple(CHAINS), "cpu": ("fused", "eager", "compiled", "
 DEFAULT_PLACES = {"cuda": PLACES, "cpu": ("alone",)}
 SECONDS = {"cuda": 0.3, "cpu": 0.1}
 ROUNDS = {"cuda": (20, 200), "cpu": (7, 200)}
-WHOLE_ROUNDS = 5
+WHOLE_ROUNDS = 6
 
 
 class _Clock:
@@ -47,6 +48,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--chains", help=f"all, or some of {','.join(CHAINS)}")
     group.addoption("--places", help=f"all, or some of {','.join(PLACES)}")
     group.addoption("--compile-only", action="store_true", help="time nothing: fill the compilers' caches")
+    group.addoption("--resume", action="store_true", help="skip what --results has from this code and these versions")
     group.addoption("--more-sizes", action="store_true", help="also the sizes between the smallest and the largest")
 
 
@@ -114,6 +116,17 @@ class _Collected:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         return Results.load(self.path) if self.path.exists() else results
 
+    def has(self, **of_row: Any) -> bool:
+        """Whether the file holds this figure already, measured with this code and these versions."""
+        if self.path is None:
+            return False
+        key, now = tuple(of_row.values()), _run()
+        same = [
+            index for index, run in enumerate(self.results.runs)
+            if all(run.get(name) == now[name] for name in ("source", "torch", "triton"))
+        ]  # fmt: skip
+        return any(row.run in same and key == tuple(getattr(row, name) for name in of_row) for row in self.results.rows)
+
     def save(self) -> None:
         if self.path is not None and self.rows:
             self.results.merge(Results(machine_name(DEVICE), DEVICE.type, [_run()], self.rows))
@@ -135,13 +148,13 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def time_callable(benchmark: BenchmarkFixture, pytestconfig: pytest.Config) -> Callable[..., None]:
     """Time a callable and keep its figures.
 
-    `time_callable(prepare, capture=True, whole=False, **of_row)`: `prepare()` returns the call to be timed, with
-    whatever has to be fresh each time made beforehand; `of_row` are fields of `genfast.bench.results.Row`. With
-    `capture` the call is also timed inside a CUDA graph. A `whole` call is a program of its own, like an epoch: it is
-    timed on the wall, and a few times only.
+    `time_callable(prepare, kind="op", capture=True, **of_row)`: `prepare()` returns the call to be timed, with whatever
+    has to be fresh each time made beforehand; `of_row` are fields of `genfast.bench.results.Row`. An "op" is timed on
+    the device from a cold cache; a "step" on the wall, among others like it in a loop; a "program", like an epoch, on
+    the wall and a few times only. With `capture` a call is also timed inside a CUDA graph.
     """
 
-    def time_one(prepare: Callable[[], Call], capture: bool = True, whole: bool = False, **of_row: Any) -> None:
+    def time_one(prepare: Callable[[], Call], kind: str = "op", capture: bool = True, **of_row: Any) -> None:
         if pytestconfig.getoption("--compile-only"):
             # Twice: mode="reduce-overhead" records at the second call.
             for _ in range(2):
@@ -150,13 +163,15 @@ def time_callable(benchmark: BenchmarkFixture, pytestconfig: pytest.Config) -> C
             return
         stopwatch = _stopwatch()
         load = os.getloadavg()[0]
+        whole = kind == "program"
         expected = stopwatch.warm_up(prepare, calls=1 if whole else 4)
         low, high = (WHOLE_ROUNDS,) * 2 if whole else ROUNDS[DEVICE.type]
+        timed = {"op": stopwatch.cold, "step": stopwatch.steady, "program": stopwatch.wall}[kind]
         rounds = min(max(int(SECONDS[DEVICE.type] / expected), low), high)
         samples: list[float] = []
 
         def one_round() -> None:
-            samples.append(stopwatch.wall(prepare) if whole else stopwatch.cold(prepare))
+            samples.append(timed(prepare))
             _CLOCK.seconds += samples[-1]
 
         shape = "x".join(map(str, of_row["shape"]))
@@ -179,7 +194,8 @@ def time_callable(benchmark: BenchmarkFixture, pytestconfig: pytest.Config) -> C
         share = None if moved is None else moved / time.median / _run()["copy_bandwidth"]
         row = Row(
             **of_row, time=time, graph=graph, no_graph=no_graph, host=host, copy_share=share, load=load,
-            peak_bytes=None if whole else stopwatch.peak_bytes(prepare),
+            # A step frees gradients, and graphs own their memory: a peak above the inputs is an op's.
+            peak_bytes=stopwatch.peak_bytes(prepare) if kind == "op" and capture else None,
         )  # fmt: skip
         benchmark.extra_info.update(_run(), device=machine_name(DEVICE), elements=row.elements, **of_row)
         benchmark.extra_info |= {"copy_share": share, "peak_bytes": row.peak_bytes, "load": load, "no_graph": no_graph}
@@ -197,12 +213,24 @@ _prepared = lru_cache(maxsize=1)(prepare)
 
 
 @lru_cache(maxsize=1)
-def _built(case: Case, place: str, chain: str, shape: tuple[int, ...], dtype: str) -> Callable:
+def _built(case: Case, place: str, chain: str, work_of: tuple, check: bool) -> tuple[Callable, list[Tensor], float]:
+    """A chain, the gradients that come in to it, in its outputs' dtypes, and how wrong it is if it is one of ours."""
     torch._dynamo.reset()
     if DEVICE.type == "cuda":
         # The graphs of mode="reduce-overhead" keep their memory beyond a reset of the compiler.
         cudagraph_trees.reset_cudagraph_trees()
-    return build(case, place, chain)
+    work, function = _prepared(case, *work_of), build(case, place, chain)
+    with torch.no_grad():
+        dtypes = [output.dtype for output in getattr(case, CHAINS[chain][0])(work.inputs)]
+    # Beforehand: a cast in the call would be timed for the chains alone whose sums have another dtype than ours.
+    upstream = [grad.to(dtype) for grad, dtype in zip(work.upstream, dtypes, strict=True)]
+    error = work.error
+    if check and chain.startswith("fused"):
+        if place == "between":
+            error = max(error, excess_between(case, function, work))
+        elif chain != "fused":
+            error = max(error, excess(case, function, work.inputs, work.upstream))
+    return function, upstream, error
 
 
 @pytest.fixture
@@ -210,28 +238,33 @@ def time_chain(time_callable: Callable[..., None], pytestconfig: pytest.Config) 
     """Time one chain of a case; fails untimed where what we made is wrong."""
 
     def time_one(case: Case, shape: tuple[int, ...], dtype: str, place: str, chain: str, mode: str) -> None:
+        of_row = {
+            "op": case.op, "case": case.name, "shape": shape, "dtype": dtype, "mode": mode, "place": place,
+            "chain": chain,
+        }  # fmt: skip
+        if pytestconfig.getoption("--resume") and pytestconfig.stash[_COLLECTED].has(**of_row):
+            pytest.skip("measured already, with this code and these versions")
         torch.manual_seed(0)
-        checked = not pytestconfig.getoption("--compile-only")
-        work = _prepared(case, shape, DTYPES[dtype], DEVICE, place, checked)
+        check = not pytestconfig.getoption("--compile-only")
+        work_of = (shape, DTYPES[dtype], DEVICE, place, check)
+        work = _prepared(case, *work_of)
         if work.path == "interpreted":
             pytest.skip("TRITON_INTERPRET=1: an interpreted kernel has no speed worth a number")
-        function, error = _built(case, place, chain, shape, dtype), work.error
-        if checked and chain == "fused-compiled" and place == "alone":
-            error = max(error, excess(case, function, work.inputs, work.upstream))
-        if checked and not error <= 1:
+        function, upstream, error = _built(case, place, chain, work_of, check)
+        if check and not error <= 1:
             pytest.fail(f"no time: the error of fused {case.name} is {error:.3g} times what is allowed")
+        replays = CHAINS[chain][1] == "reduce-overhead"
         time_callable(
-            lambda: _call(function, work, mode, CHAINS[chain][1] == "reduce-overhead"),
+            lambda: _call(function, work, upstream, mode, replays),
             # What replays graphs of its own cannot be captured in another.
-            capture=chain != "reduce-overhead",
-            op=case.op, case=case.name, shape=shape, dtype=dtype, mode=mode, place=place, chain=chain,
-            bytes=work.bytes[mode], error=error if chain.startswith("fused") else None, path=work.path,
+            capture=not replays, **of_row, bytes=work.bytes[mode],
+            error=error if chain.startswith("fused") else None, path=work.path,
         )  # fmt: skip
 
     return time_one
 
 
-def _call(function: Callable, work: Workload, mode: str, replays: bool) -> Call:
+def _call(function: Callable, work: Workload, upstream: list[Tensor], mode: str, replays: bool) -> Call:
     """One call with leaves of its own; they require gradients in the forward pass too: what backward needs is kept."""
     leaves = {name: work.inputs[name].detach().requires_grad_() for name in work.leaves}
     inputs = {**work.inputs, **leaves}
@@ -242,7 +275,6 @@ def _call(function: Callable, work: Workload, mode: str, replays: bool) -> Call:
             torch.compiler.cudagraph_mark_step_begin()
         outputs = function(inputs)
         if mode == "forward+backward":
-            upstream = [grad.to(output.dtype) for grad, output in zip(work.upstream, outputs, strict=True)]
             torch.autograd.grad(outputs, list(leaves.values()), upstream)
 
     return call

@@ -7,7 +7,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["replacing"]
+__all__ = ["between_markers", "replacing"]
+
+
+def between_markers(page: str, start: str, text: str, end: str) -> str:
+    """A page with what stands between two markers replaced.
+
+    Raises:
+        ValueError: the page has no such markers.
+
+    Example:
+        >>> between_markers("before <a>old</a> after", "<a>", "new", "</a>")
+        'before <a>new</a> after'
+    """
+    head, found, rest = page.partition(start)
+    _, closed, tail = rest.partition(end)
+    if not (found and closed):
+        raise ValueError(f"page: expected the markers {start.strip()} and {end.strip()}, got a text without")
+    return head + start + text + end + tail
 
 
 @contextmanager

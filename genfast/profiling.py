@@ -187,7 +187,7 @@ class _Range:
         _domain.pop_range()
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)
 def _attributes(name: str) -> Any:
     # With the text as a registered string: Nsight Systems finds the range of --nvtx-capture among those alone.
     return _domain.get_event_attributes(message=name)

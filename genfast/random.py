@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 
 from genfast._environment import FORCE_REFERENCE, HAS_TRITON
 
@@ -76,7 +77,7 @@ def new_seed(device: torch.device | str | None = None, generator: torch.Generato
     if device is None:
         device = generator.device if generator is not None else torch.get_default_device()
     device = torch.device(device)
-    if generator is not None or _is_untraced():
+    if generator is not None or is_untraced():
         return _draw_seed(device, generator)
     return torch.ops.genfast.new_seed(device)
 
@@ -171,14 +172,21 @@ def derive_seed(seed: int, *indices: int) -> int:
     return seed - 2**64 if seed >= 2**63 else seed
 
 
-def _is_untraced() -> bool:
+# Types whose values may be handled outside torch; a subclass may hold anything.
+PLAIN = (Tensor, nn.Parameter)
+
+
+def is_untraced() -> bool:
     """Whether nothing traces or records what torch is asked to do."""
-    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
+    # First, since the compiler cannot trace the questions that follow.
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._len_torch_dispatch_stack() + _len_torch_dispatch_stack_pre_dispatch() == 0
 
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether values can be handled outside torch: nothing is tracing, faking or recording."""
-    return type(tensor) in (Tensor, nn.Parameter) and _is_untraced()
+    return type(tensor) in PLAIN and is_untraced()
 
 
 def _has_kernel(seed: Tensor) -> bool:

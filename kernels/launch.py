@@ -91,12 +91,13 @@ class Tiling:
 
     def partials(self, like: Tensor) -> Tensor:
         """Where each tile leaves its fp32 sums: one number for each row and chunk."""
-        return torch.empty(self.rows, self.chunks, dtype=torch.float32, device=like.device)
+        shape = (self.batch,) if self.channels * self.chunks == 1 else (self.rows, self.chunks)
+        return torch.empty(shape, dtype=torch.float32, device=like.device)
 
     def total(self, partials: Tensor) -> Tensor:
         """The per-sample sums [B], added in a fixed order."""
         per_sample = self.channels * self.chunks
-        return partials.view(self.batch) if per_sample == 1 else partials.view(self.batch, per_sample).sum(1)
+        return partials if per_sample == 1 else partials.view(self.batch, per_sample).sum(1)
 
     def empty(self, shape: torch.Size, like: Tensor) -> Tensor:
         """An output of `like`'s dtype in the layout that this tiling writes best: contiguous or channels_last."""

@@ -61,7 +61,7 @@ def allowed(case: Case, dtype: torch.dtype, device: str, output: str | None = No
 
 
 def check(tolerance: Tolerance, actual: Tensor, exact: Tensor, what: str) -> None:
-    excess = tolerance.excess(actual.cpu(), exact.cpu())
+    excess = tolerance.excess(actual.to(exact.device), exact)
     assert excess <= 1.0, f"{what}: {excess:.3g} times the tolerance {tolerance}"
 
 

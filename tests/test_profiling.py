@@ -21,6 +21,8 @@ from genfast import VAE, profiling
 from genfast.functional import kl_normal, reparameterize_kl
 from genfast.training import TrainStep
 
+pytest.importorskip("nvtx", reason="ranges need the package nvtx, a dependency of genfast")
+
 ROOT = Path(__file__).parents[1]
 
 SETUP = """

@@ -27,7 +27,7 @@ def test_compiled_graphs_are_keyed_by_the_formulas():
     zeros = torch.zeros(2, 3)
     torch.compile(kl_normal, backend=keep, fullgraph=True)(zeros, zeros, zeros, zeros)
     constants = [arg for node in graphs[0].graph.nodes for arg in node.args if isinstance(arg, str)]
-    assert _register._source() in constants
+    assert _register.digest() in constants
 
 
 def test_the_digest_changes_with_any_formula(tmp_path, monkeypatch):
@@ -37,9 +37,9 @@ def test_the_digest_changes_with_any_formula(tmp_path, monkeypatch):
     (package / "random.py").write_text("a")
     (package / "reference" / "op.py").write_text("b")
     monkeypatch.setattr(_register, "__file__", str(package / "functional" / "_register.py"))
-    before = _register._source()
+    before = _register.digest()
     (package / "reference" / "op.py").write_text("c")
-    assert _register._source() != before
+    assert _register.digest() != before
 
 
 def test_every_public_op_says_which_path_it_takes():
@@ -73,6 +73,27 @@ def test_plain_eager_calls_go_past_the_dispatcher(device):
         assert "GeneratedBackwardFor_genfast_kl_normal" in type(kl_normal(mu, mu, mu, mu).grad_fn).__name__
     graph = make_fx(lambda x: kl_normal(x, x, x, x))(torch.zeros(2, 3, device=device))
     assert "torch.ops.genfast.kl_normal" in graph.code
+
+
+def test_what_is_no_plain_tensor_goes_through_the_dispatcher(device):
+    """Whichever argument it is; and tracing before dispatch keeps the op whole."""
+
+    class Wrapped(torch.Tensor):
+        pass
+
+    plain = torch.zeros(2, 3, device=device, requires_grad=True)
+    wrapped = torch.zeros(2, 3, device=device).as_subclass(Wrapped)
+    alias = kl_normal(plain, wrapped, plain, plain).grad_fn
+    assert "GeneratedBackwardFor_genfast_kl_normal" in type(alias.next_functions[0][0]).__name__
+    graph = make_fx(lambda x: kl_normal(x, x, x, x), pre_dispatch=True)(plain.detach())
+    assert "genfast.kl_normal" in graph.code
+
+
+def test_a_result_may_be_changed_in_place(device):
+    """It is no view of anything."""
+    x = torch.ones(2, 3, device=device, requires_grad=True)
+    kl_normal(x, x, 2 * x, x).clamp_(min=0.1).sum().backward()
+    assert x.grad is not None
 
 
 def test_what_an_op_overwrites_has_a_new_version(device):

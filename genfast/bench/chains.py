@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from genfast.cases import Case, Inputs, Outputs, differentiable, run
+from genfast.cases import Case, Inputs, Outputs, Tolerance, differentiable, run, wide
 from genfast.check import path_taken
 
 __all__ = ["CHAINS", "MODES", "PLACES", "Workload", "build", "prepare"]
@@ -115,6 +115,19 @@ def excess(case: Case, chain: Callable[[Inputs], Outputs], inputs: Inputs, upstr
     return max(errors)
 
 
+def excess_between(case: Case, chain: Callable[[Inputs], Outputs], work: Workload) -> float:
+    """The same for the outputs of a chain between neighbours; what the consumer makes of them is rounded once more."""
+    dtype = next(iter(work.inputs.values())).dtype
+    with torch.no_grad():
+        outputs = chain(work.inputs)
+        exact = _consumed(case, case.exact(wide(work.inputs)))
+    errors = []
+    for name, got, want in zip(case.outputs, outputs, exact, strict=True):
+        one = case.tolerance(work.path, dtype, name)
+        errors.append(Tolerance(2 * one.rtol, 2 * one.atol).excess(got, want))
+    return max(errors)
+
+
 def build(case: Case, place: str, chain: str) -> Callable[[Inputs], Outputs]:
     """The callable of one of `CHAINS`, for `Workload.inputs`; it compiles at its first call.
 
@@ -143,13 +156,17 @@ def _produced(neighbours: Inputs, replaced: Inputs) -> Inputs:
 def _between(case: Case, function: Callable[[Inputs], Outputs]) -> Callable[[Inputs], Outputs]:
     def call(inputs: Inputs) -> Outputs:
         made = _produced(inputs, {name: inputs[name] for name in differentiable(inputs) if f"weight_{name}" in inputs})
-        outputs = function({**inputs, **made})
-        return tuple(
-            0.5 * output if name in case.sums else F.gelu(output, approximate="tanh")
-            for name, output in zip(case.outputs, outputs, strict=True)
-        )
+        return _consumed(case, function({**inputs, **made}))
 
     return call
+
+
+def _consumed(case: Case, outputs: Outputs) -> Outputs:
+    """What a pointwise function makes of the outputs."""
+    return tuple(
+        0.5 * output if name in case.sums else F.gelu(output, approximate="tanh")
+        for name, output in zip(case.outputs, outputs, strict=True)
+    )
 
 
 def _bytes(case: Case, inputs: Inputs, shape: tuple[int, ...], mode: str) -> int:

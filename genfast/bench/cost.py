@@ -19,12 +19,12 @@ from typing import Any
 
 from genfast import offline
 from genfast._environment import HAS_TRITON, INTERPRETED
-from genfast._files import replacing
+from genfast._files import between_markers, replacing
 from genfast.cases import CASES, DTYPES
 
 __all__ = [
-    "H200_BYTES", "H200_INSTRUCTIONS", "Row", "aligned", "as_table", "compare", "costs", "in_page", "issue_floor",
-    "main", "markdown", "memory_floor", "save", "table",
+    "H200_BYTES", "H200_INSTRUCTIONS", "Row", "aligned", "as_table", "compare", "costs", "issue_floor", "main",
+    "markdown", "memory_floor", "save", "table",
 ]  # fmt: skip
 
 # Bytes a second of a device copy, read and written: measured on an H200, whose data sheet says 4.8e12.
@@ -294,18 +294,6 @@ def markdown(agreed: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def in_page(page: str, text: str) -> str:
-    """A page with the text between its markers; unchanged where it has none.
-
-    Example:
-        >>> in_page("# Costs\\n<!-- costs -->\\nold\\n<!-- /costs -->\\n", "new\\n")
-        '# Costs\\n<!-- costs -->\\nnew\\n<!-- /costs -->\\n'
-    """
-    head, start, rest = page.partition(START)
-    _, end, tail = rest.partition(END)
-    return head + start + text + end + tail if start and end else page
-
-
 def save(rows: Sequence[Row], path: Path) -> list[Path]:
     """Write the table as JSON, a kernel a line, and between the markers of the README.md beside it if that has any.
 
@@ -321,7 +309,7 @@ def save(rows: Sequence[Row], path: Path) -> list[Path]:
     texts = {path: "{\n" + head + ' "kernels": {\n' + ",\n".join(dtypes) + "\n }\n}\n"}
     page = path.with_name("README.md")
     if page.is_file() and START in page.read_text():
-        texts[page] = in_page(page.read_text(), markdown(agreed))
+        texts[page] = between_markers(page.read_text(), START, markdown(agreed), END)
     for place, text in texts.items():
         with replacing(place) as temporary:
             temporary.write_text(text)

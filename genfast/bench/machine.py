@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from genfast.bench.timing import Stopwatch
+from genfast.functional._register import digest
 
 __all__ = ["describe_run", "machine_name"]
 
@@ -42,6 +43,7 @@ def describe_run(stopwatch: Stopwatch) -> dict[str, Any]:
     run: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "copy_bandwidth": float(f"{stopwatch.copy_bandwidth():.4g}"),
+        "source": digest(),
         "torch": torch.__version__,
         "triton": _version("triton"),
         "cuda": torch.version.cuda,
@@ -74,8 +76,9 @@ def _inductor_flags() -> dict[str, Any]:
 
 
 def _nvidia_smi(device: torch.device) -> dict[str, Any]:
-    index = device.index if device.index is not None else torch.cuda.current_device()
-    command = ["nvidia-smi", f"--id={index}", f"--query-gpu={','.join(_CLOCKS)}", "--format=csv,noheader,nounits"]
+    # By its own name: CUDA_VISIBLE_DEVICES gives other numbers than nvidia-smi has.
+    name = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    command = ["nvidia-smi", f"--id={name}", f"--query-gpu={','.join(_CLOCKS)}", "--format=csv,noheader,nounits"]
     try:
         printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
     except (OSError, subprocess.SubprocessError):

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from genfast._files import replacing
+from genfast._files import between_markers, replacing
 from genfast.bench.timing import Interval
 
 __all__ = [
@@ -257,7 +257,8 @@ def markdown(all_results: Sequence[Results]) -> str:
             by_table.setdefault((group[0], group[5]), []).append(chains)
         for (op, place), groups in by_table.items():
             lines.append(f"### {op}{', between a producer and a consumer' if place == 'between' else ''}\n")
-            lines.append(_op_table(groups) if any("fused" in chains for chains in groups) else _plain_table(groups))
+            of_an_op = all(row.bytes for chains in groups for row in chains.values()) and "fused" in groups[0]
+            lines.append(_op_table(groups) if of_an_op else _plain_table(groups))
         sections.append("\n".join(lines))
     return "\n".join(sections)
 
@@ -265,7 +266,8 @@ def markdown(all_results: Sequence[Results]) -> str:
 def _op_table(groups: Sequence[dict[str, Row]]) -> str:
     header = (
         "case", "shape", "dtype", "mode", "fused", "of copy", "over eager", "over compiled", "over reduce-overhead",
-        "compiled: fused over eager", "in a graph: over eager", "host: fused", "host: over eager", "peak: fused, eager",
+        "over reference", "compiled: fused over eager", "in a graph: over eager", "over compiled", "host: fused",
+        "over eager", "over compiled", "over reduce-overhead", "peak: fused, eager", "error", "path",
     )  # fmt: skip
     body = []
     for chains in groups:
@@ -276,17 +278,19 @@ def _op_table(groups: Sequence[dict[str, Row]]) -> str:
         body.append((
             ours.case, _size(ours.shape), ours.dtype, ours.mode, _time(ours.time.median),
             "" if ours.copy_share is None else f"{ours.copy_share:.0%}",
-            *(_versus(chains, "fused", baseline) for baseline in BASELINES),
+            *(_versus(chains, "fused", baseline) for baseline in (*BASELINES, "reference")),
             _versus(chains, "fused-compiled", "compiled"),
-            _versus(chains, "fused", "eager", "graph"),
-            "" if ours.host is None else _time(ours.host.median), _versus(chains, "fused", "eager", "host"),
+            *(_versus(chains, "fused", baseline, "graph") for baseline in ("eager", "compiled")),
+            "" if ours.host is None else _time(ours.host.median),
+            *(_versus(chains, "fused", baseline, "host") for baseline in BASELINES),
             "" if None in peaks else ", ".join(f"{peak / 2**20:,.1f} MiB" for peak in peaks),
+            "" if ours.error is None else f"{ours.error:.2f}", ours.path or "",
         ))  # fmt: skip
     return _table(header, body)
 
 
 def _plain_table(groups: Sequence[dict[str, Row]]) -> str:
-    """Chains that are not the five of an op: each with its time, and the first as the baseline."""
+    """Chains that are not those of an op: each with its time, and the first as the baseline."""
     body = []
     for chains in groups:
         first = next(iter(chains.values()))
@@ -317,24 +321,33 @@ def headline(all_results: Sequence[Results]) -> str:
     Where no GPU has been measured, its rows say so.
     """
     header = ("forward + backward", "size", "fused", "of copy", "over eager", "over torch.compile", "on")
-    body = []
-    if not any(results.kind == "cuda" for results in all_results):
-        body += [(label, *[NOT_MEASURED] * 5, "GPU") for label, *_ in _HEADLINES]
-    notes = []
+    body, notes = [], []
+    gpus = [results for results in all_results if results.kind == "cuda"]
+    for results in gpus or [Results("", "cuda")]:
+        body += _headlines(results, "GPU", NOT_MEASURED)
     for results in all_results:
-        groups = _groups(results.rows)
         where = "GPU" if results.kind == "cuda" else "CPU"
-        for label, case, dtypes, mode in _HEADLINES:
-            for dtype in dtypes:
-                wanted = (case, dtype, mode, "alone" if mode else "")
-                found = [
-                    chains for (_, name, _, *rest), chains in groups.items()
-                    if (name, *rest) == wanted and "fused" in chains
-                ]  # fmt: skip
-                if found:
-                    body.append((label, *_headline(max(found, key=lambda chains: chains["fused"].elements)), where))
+        if where == "CPU":
+            body += _headlines(results, where)
         notes.append(f"{where}: {describe(results)}.")
     return _table(header, body) + "".join(f"\n{note}\n" for note in notes)
+
+
+def _headlines(results: Results, where: str, missing: str | None = None) -> list[tuple[str, ...]]:
+    """A line for each dtype of each headline; where nothing of it was measured, one that says `missing`."""
+    groups, lines = _groups(results.rows), []
+    for label, case, dtypes, mode in _HEADLINES:
+        found = []
+        for dtype in dtypes:
+            wanted = (case, dtype, mode, "alone" if mode else "")
+            sizes = [chains for (_, name, _, *rest), chains in groups.items() if (name, *rest) == wanted]
+            sizes = [chains for chains in sizes if "fused" in chains]
+            if sizes:
+                found.append((label, *_headline(max(sizes, key=lambda chains: chains["fused"].elements)), where))
+        if not found and missing is not None:
+            found = [(label, *[missing] * 5, where)]
+        lines += found
+    return lines
 
 
 def _headline(chains: dict[str, Row]) -> tuple[str, ...]:
@@ -347,28 +360,28 @@ def _headline(chains: dict[str, Row]) -> tuple[str, ...]:
 
 
 def in_page(page: str, table: str) -> str:
-    """A page with the table between its markers replaced.
+    """A page with the table between its markers.
 
     Raises:
         ValueError: the page has no such markers.
 
     Example:
-        >>> page = f"before\\n{START}old\\n{END}\\nafter\\n"
-        >>> in_page(page, "new\\n") == f"before\\n{START}new\\n{END}\\nafter\\n"
+        >>> in_page(f"before {START}old {END} after", "new ") == f"before {START}new {END} after"
         True
     """
-    if START not in page or END not in page:
-        raise ValueError(f"page: expected the markers {START.strip()} and {END}")
-    head, rest = page.split(START, 1)
-    return head + START + table + END + rest.split(END, 1)[1]
+    return between_markers(page, START, table, END)
 
 
 @dataclass(frozen=True)
 class Change:
-    """How a chain of ours went from one file to another: `time` new over old, `relative` the same over eager's own."""
+    """How a chain of ours went from one file to another, in its "time", "graph" or "host" figure.
+
+    `absolute` is new over old, `relative` the same over the baseline of the same run.
+    """
 
     row: Row
-    time: Ratio
+    figure: str
+    absolute: Ratio
     relative: Ratio | None
     verdict: str
 
@@ -376,12 +389,12 @@ class Change:
 def compare(old: Results, new: Results, threshold: float = TIE) -> list[Change]:
     """What got slower or faster beyond noise, of the fused chains in both files.
 
-    Slower means: by more than the threshold even at the ends of the intervals, and so in its time as well as relative
-    to the eager chain of the same run, so that neither a busier machine nor a new version of torch counts as ours.
-    Between two machines only the relative figure counts.
+    Slower means: by more than the threshold even at the ends of the intervals, and so in the figure itself as well as
+    relative to the eager chain of the same run, so that neither a busier machine nor a new version of torch counts as
+    ours. Between two machines only the relative figure counts.
 
     Returns:
-        A change for each common row, verdict "slower", "faster" or "".
+        A change for each common row and figure, verdict "slower", "faster" or "".
 
     Raises:
         ValueError: the files have no row in common.
@@ -391,25 +404,29 @@ def compare(old: Results, new: Results, threshold: float = TIE) -> list[Change]:
     changes = []
     for group in before.keys() & after.keys():
         for chain, baseline in (("fused", "eager"), ("fused-compiled", "compiled")):
-            if chain not in before[group] or chain not in after[group]:
-                continue
-            one, two = before[group][chain], after[group][chain]
-            time = ratio(two.time, one.time)
-            relative = None
-            if baseline in before[group] and baseline in after[group]:
-                was = ratio(before[group][baseline].time, one.time)
-                now = ratio(after[group][baseline].time, two.time)
-                relative = Ratio(was.value / now.value, was.low / now.high, was.high / now.low)
-            kinds = [each for each in (time if same else None, relative) if each is not None]
-            verdict = ""
-            if kinds and all(each.low > 1 + threshold for each in kinds):
-                verdict = "slower"
-            elif kinds and all(each.high < 1 - threshold for each in kinds):
-                verdict = "faster"
-            changes.append(Change(two, time, relative, verdict))
+            for figure in ("time", "graph", "host"):
+                one, two = _figure(before[group], chain, figure), _figure(after[group], chain, figure)
+                if one is None or two is None:
+                    continue
+                absolute, relative = ratio(two, one), None
+                of_one, of_two = _figure(before[group], baseline, figure), _figure(after[group], baseline, figure)
+                if of_one is not None and of_two is not None:
+                    was, now = ratio(of_one, one), ratio(of_two, two)
+                    relative = Ratio(was.value / now.value, was.low / now.high, was.high / now.low)
+                judged = [each for each in (absolute if same else None, relative) if each is not None]
+                verdict = ""
+                if judged and all(each.low > 1 + threshold for each in judged):
+                    verdict = "slower"
+                elif judged and all(each.high < 1 - threshold for each in judged):
+                    verdict = "faster"
+                changes.append(Change(after[group][chain], figure, absolute, relative, verdict))
     if not changes:
         raise ValueError(f"new: expected rows in common with {old.machine}, got none")
     return sorted(changes, key=lambda change: _order(change.row))
+
+
+def _figure(chains: dict[str, Row], chain: str, figure: str) -> Interval | None:
+    return getattr(chains[chain], figure) if chain in chains else None
 
 
 def describe_changes(old: Results, new: Results, changes: Sequence[Change], every: bool = False) -> str:
@@ -421,11 +438,11 @@ def describe_changes(old: Results, new: Results, changes: Sequence[Change], ever
     for change in changes:
         if not (every or change.verdict):
             continue
-        row, time, relative = change.row, change.time, change.relative
-        what = f"{row.case} {_size(row.shape)} {row.dtype} {row.mode} {row.place} {row.chain}"
-        against = "" if relative is None else f", relative to eager {_percent(relative)}"
-        lines.append(f"{change.verdict or 'same':6}  {what}: time {_percent(time)}{against}")
-    lines.append(f"{len(changes)} rows: {verdicts.count('slower')} slower, {verdicts.count('faster')} faster")
+        row = change.row
+        what = " ".join(filter(None, (row.case, _size(row.shape), row.dtype, row.mode, row.place, row.chain)))
+        against = "" if change.relative is None else f", relative to its baseline {_percent(change.relative)}"
+        lines.append(f"{change.verdict or 'same':6}  {what}: {change.figure} {_percent(change.absolute)}{against}")
+    lines.append(f"{len(changes)} figures: {verdicts.count('slower')} slower, {verdicts.count('faster')} faster")
     return "\n".join(lines) + "\n"
 
 

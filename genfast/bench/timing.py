@@ -19,7 +19,8 @@ Call = Callable[[], Any]
 # Past any L2 by a factor of eight.
 COLD_BYTES = 512 * 2**20
 _COPY_BYTES = {"cuda": 2**30, "cpu": 2**28}
-_HOST_CALLS = 10
+_HOST_CALLS = 70
+_STEADY_CALLS = 10
 _GRAPH_SECONDS = 0.01
 _GRAPH_CALLS = 20
 
@@ -72,7 +73,10 @@ class Stopwatch:
         # By reading: what is written would have to be written back within the time of the call.
         self._evicting.amax()
 
-    def _elapsed(self, call: Call) -> float:
+    def _elapsed(self, call: Call, lead: Call | None = None) -> float:
+        """Between two events around a call; behind a lead that is not timed, and keeps the device from waiting."""
+        if lead is not None:
+            lead()
         self._start.record()
         result = call()
         self._end.record()
@@ -90,8 +94,16 @@ class Stopwatch:
         fastest = min(self.wall(prepare) for _ in range(calls))
         if self.cuda:
             # The device is kept busy for longer than the host needs to queue the call: no launch shows as a gap.
-            self._flushes = 1 + math.ceil(1.5 * fastest / self._flush_seconds)
+            self._flushes = 1 + math.ceil(1.5 * min(self._queueing(prepare) for _ in range(3)) / self._flush_seconds)
         return fastest
+
+    def _queueing(self, prepare: Callable[[], Call]) -> float:
+        """Seconds until a call returns, with nothing queued before it."""
+        call = prepare()
+        self.synchronize()
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
 
     def cold(self, prepare: Callable[[], Call]) -> float:
         """Seconds of one call of what `prepare` returns: on CUDA device time from a cold L2, else wall-clock time."""
@@ -113,6 +125,16 @@ class Stopwatch:
         call()
         self.synchronize()
         return time.perf_counter() - start
+
+    def steady(self, prepare: Callable[[], Call]) -> float:
+        """Seconds on the wall of a call among many, as in a loop that never waits: the slower of host and device."""
+        calls = [prepare() for _ in range(_STEADY_CALLS)]
+        self.synchronize()
+        start = time.perf_counter()
+        for call in calls:
+            call()
+        self.synchronize()
+        return (time.perf_counter() - start) / _STEADY_CALLS
 
     def graph(self, prepare: Callable[[], Call], seconds: float, replays: int = 20) -> Interval:
         """Seconds of one call inside a replayed CUDA graph that holds several: without launches, the cache warm.
@@ -139,22 +161,11 @@ class Stopwatch:
         with torch.cuda.graph(graph):
             for _ in range(calls):
                 call()
-        graph.replay()
-        return Interval.of([self._elapsed(graph.replay) / calls for _ in range(replays)])
+        return Interval.of([self._elapsed(graph.replay, lead=graph.replay) / calls for _ in range(replays)])
 
-    def host(self, prepare: Callable[[], Call], repeats: int = 7) -> Interval:
-        """Seconds that the host spends on one call; on CUDA nothing is waited for.
-
-        Too few calls to fill the queue of launches, which would make the host wait for the device.
-        """
-        samples = []
-        for _ in range(repeats):
-            calls = [prepare() for _ in range(_HOST_CALLS)]
-            self.synchronize()
-            start = time.perf_counter()
-            for call in calls:
-                call()
-            samples.append((time.perf_counter() - start) / _HOST_CALLS)
+    def host(self, prepare: Callable[[], Call], calls: int = _HOST_CALLS) -> Interval:
+        """Seconds that the host spends on one call; on CUDA with the queue empty, so that nothing is waited for."""
+        samples = [self._queueing(prepare) for _ in range(calls)]
         self.synchronize()
         return Interval.of(samples)
 

@@ -31,11 +31,12 @@ def same_shape(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
         raise ValueError(f"{name}: expected the device of {other_name}, {other.device}, got {x.device}")
 
 
-def non_negative(name: str, value: float) -> None:
-    """A finite number that is not below zero."""
+def non_negative(name: str, value: float) -> float:
+    """A finite number that is not below zero, as a float: kernels are specialised by the kind of a number."""
     # One chained comparison: it refuses NaN, and the compiler can guard it for a symbolic value.
     if not 0 <= value < math.inf:
         raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
+    return value if isinstance(value, (float, torch.SymFloat)) else float(value)
 
 
 def row_index(name: str, value: int) -> None:

@@ -22,13 +22,13 @@ from torch.compiler import is_dynamo_compiling
 
 from genfast import profiling
 from genfast._environment import FORCE_REFERENCE, HAS_TRITON, INTERPRETED
-from genfast.random import is_plain
+from genfast.random import PLAIN, is_untraced
 
 _OPS: dict[str, Any] = {}
 
 
-def _source() -> str:
-    """A digest of all formulas: kernels, references and the noise."""
+def digest() -> str:
+    """Of all formulas: kernels, references and the noise."""
     package = Path(__file__).parents[1]
     files = [package / "random.py", *sorted(package.glob("kernels/*.py")), *sorted(package.glob("reference/*.py"))]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
@@ -36,7 +36,7 @@ def _source() -> str:
 
 # An argument of every op: torch's cache of compiled graphs knows an op by its name and arguments alone, and would go on
 # running the formulas of an older version.
-_SOURCE = _source()
+_SOURCE = digest()
 
 
 def path(device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
@@ -85,10 +85,14 @@ def _shape_and_dtype(x: Tensor) -> str:
     return f"{list(x.shape)} {_DTYPE_NAMES.get(x.dtype, x.dtype)}"
 
 
-def _in_plain_eager(x: Tensor) -> bool:
+def _in_plain_eager(args: tuple) -> bool:
     """Whether nothing traces, fakes, transforms or records the call, so that it may go past the dispatcher."""
-    transformed = torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None
-    return is_plain(x) and not transformed
+    return (
+        is_untraced()
+        and all(type(arg) in PLAIN for arg in args if isinstance(arg, Tensor))
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._get_tracing_state() is None
+    )
 
 
 class Op:
@@ -108,7 +112,7 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         # In this order, or the graphs of torch.compile would depend on the switch.
         if not is_dynamo_compiling():
-            call = self._direct if _in_plain_eager(args[0]) else self._dispatched
+            call = self._direct if _in_plain_eager(args) else self._dispatched
             if profiling.on:
                 with profiling.range(f"{self._name} {_shape_and_dtype(args[0])}"):
                     return call(*args)

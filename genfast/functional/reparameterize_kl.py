@@ -99,7 +99,7 @@ def reparameterize_kl(
     _checks.floating("mu", mu)
     _checks.floating("logvar", logvar)
     _checks.same_shape("logvar", logvar, "mu", mu)
-    _checks.non_negative("free_bits", free_bits)
+    free_bits = _checks.non_negative("free_bits", free_bits)
     clamp = _checks.interval("clamp", clamp)
     seed, eps = resolve_noise(mu, seed, eps, row_offset)
     mu, logvar = _checks.promoted(mu, logvar)

@@ -65,7 +65,7 @@ def reparameterize_kl_packed(
     _checks.floating("h", h, dims=2)
     if h.shape[1] % 2:
         raise ValueError(f"h: expected an even dimension 1, [mu | logvar], got shape {list(h.shape)}")
-    _checks.non_negative("free_bits", free_bits)
+    free_bits = _checks.non_negative("free_bits", free_bits)
     clamp = _checks.interval("clamp", clamp)
     seed, eps = resolve_noise(h.narrow(1, 0, h.shape[1] // 2), seed, eps, row_offset)
     return _op(h, seed, eps, row_offset, free_bits, clamp)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from genfast._environment import INTERPRETED
+from genfast._files import between_markers
 from genfast.bench import cost
 from genfast.bench.cost import Row, as_table, compare
 from genfast.cases import DTYPES
@@ -83,8 +84,8 @@ def test_the_agreed_table_names_every_kernel_without_spills():
 def test_the_page_shows_the_agreed_table():
     page = (ROOT / "benchmarks" / "README.md").read_text()
     agreed = json.loads(TABLE.read_text())
-    assert cost.in_page(page, "") != page
-    assert cost.in_page(page, cost.markdown(agreed)) == page
+    assert between_markers(page, cost.START, "", cost.END) != page
+    assert between_markers(page, cost.START, cost.markdown(agreed), cost.END) == page
 
 
 def test_saved_tables_load_as_they_were_and_fill_the_page_beside_them(tmp_path):

@@ -108,9 +108,21 @@ def test_a_comparison_names_both_machines_and_the_ratio():
     assert "old: NVIDIA H200" in text
     assert "new: A100" in text
     assert "slower  kl_normal 65536 x 1024 bf16 forward+backward alone fused: time 3.000x" in text
-    assert "relative to eager 2.000x" in text
+    assert "relative to its baseline 2.000x" in text
     with pytest.raises(ValueError, match="expected rows in common"):
         compare(before, gpu(row("fused", 1.0, dtype="fp16"), row("eager", 1.0, dtype="fp16")))
+
+
+def test_each_figure_is_judged():
+    """A host that got slower hides behind the same device time."""
+
+    def host(seconds: float) -> Results:
+        fused, eager = (replace(row(chain, 1.0), host=interval(4.0)) for chain in ("fused", "eager"))
+        return gpu(replace(fused, host=interval(seconds)), eager)
+
+    assert [(change.figure, change.verdict) for change in compare(host(1.0), host(1.2))] == [
+        ("time", ""), ("host", "slower"),
+    ]  # fmt: skip
 
 
 def test_without_a_gpu_the_table_says_not_measured():
@@ -123,10 +135,11 @@ def test_without_a_gpu_the_table_says_not_measured():
     assert "| KL of two Gaussians | 65536 x 1024 bf16 | 1 s | 50% | 0.50x |  | CPU |" in lines
 
 
-def test_with_a_gpu_nothing_is_called_not_measured():
+def test_of_a_gpu_only_what_is_missing_is_called_not_measured():
     results = gpu(row("fused", 1e-4), row("eager", 4e-4), row("compiled", 1.7e-4))
     table = headline([results])
-    assert "not measured" not in table
+    assert [line for line in table.splitlines() if "KL of two" in line and "not measured" in line] == []
+    assert sum("not measured" in line for line in table.splitlines()) == headline([]).count("GPU |") - 1
     assert "| KL of two Gaussians | 65536 x 1024 bf16 | 100 us | 50% | 4.00x | 1.70x | GPU |" in table.splitlines()
 
 

@@ -34,7 +34,7 @@ def test_the_interval_narrows():
 
 
 def test_what_prepares_a_call_is_not_timed(device):
-    """A product 50 times as large as the call's, in the preparation."""
+    """A call of a few microseconds behind a preparation of many milliseconds."""
     large, small = torch.randn(600, 600, device=device), torch.randn(60, 60, device=device)
     order = []
 
@@ -50,7 +50,7 @@ def test_what_prepares_a_call_is_not_timed(device):
     ours = statistics.median(stopwatch.cold(prepare) for _ in range(9))
     alone = statistics.median(stopwatch.cold(lambda: lambda: large @ large) for _ in range(9))
     assert order == ["prepared", "called"] * 9
-    assert ours < 10 * alone
+    assert ours < alone
 
 
 def test_every_figure_is_a_positive_time(device):
@@ -60,6 +60,7 @@ def test_every_figure_is_a_positive_time(device):
     assert seconds > 0
     assert stopwatch.wall(lambda: lambda: x * 2) > 0
     assert stopwatch.host(lambda: lambda: x * 2).median > 0
+    assert stopwatch.steady(lambda: lambda: x * 2) > 0
     if device == "cuda":
         assert stopwatch.graph(lambda: lambda: x * 2, seconds).median > 0
         assert stopwatch.peak_bytes(lambda: lambda: x * 2) == 4096

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mpmath
+import numpy as np
 import pytest
 import torch
 
@@ -96,6 +97,13 @@ def test_given_noise_takes_a_gradient(device):
     z, _ = reparameterize_kl(mu, logvar, eps=eps)
     z.sum().backward()
     torch.testing.assert_close(eps.grad, torch.exp(0.5 * logvar))
+
+
+def test_free_bits_may_be_any_kind_of_number(device):
+    mu, logvar = torch.randn(3, 4, device=device), torch.randn(3, 4, device=device)
+    _, want = reparameterize_kl(mu, logvar, seed=0, free_bits=1.0)
+    for same in (1, torch.tensor(1.0), np.float32(1)):
+        assert torch.equal(reparameterize_kl(mu, logvar, seed=0, free_bits=same)[1], want)
 
 
 def test_mixed_dtypes_are_promoted(device):
