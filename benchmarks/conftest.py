@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 from functools import cache, cached_property, lru_cache
@@ -56,11 +57,17 @@ def _chosen(config: pytest.Config, option: str, default: tuple[str, ...], known:
     value = config.getoption(option)
     if value is None:
         return default
-    chosen = known if value == "all" else tuple(value.split(","))
+    chosen = known if value == "all" else tuple(dict.fromkeys(value.split(",")))
     unknown = [name for name in chosen if name not in known]
     if unknown:
         raise pytest.UsageError(f"{option}: expected all, or some of {', '.join(known)}, got {', '.join(unknown)}")
     return chosen
+
+
+def _selection(config: pytest.Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The chains and places that were asked for."""
+    chains = _chosen(config, "--chains", DEFAULT_CHAINS[DEVICE.type], tuple(CHAINS))
+    return chains, _chosen(config, "--places", DEFAULT_PLACES[DEVICE.type], PLACES)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -70,8 +77,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     sizes = metafunc.module.SIZES[DEVICE.type]
     if metafunc.config.getoption("--more-sizes"):
         sizes = sorted({*sizes, *metafunc.module.SIZES["more"]})
-    chains = _chosen(metafunc.config, "--chains", DEFAULT_CHAINS[DEVICE.type], tuple(CHAINS))
-    places = _chosen(metafunc.config, "--places", DEFAULT_PLACES[DEVICE.type], PLACES)
+    chains, places = _selection(metafunc.config)
     metafunc.parametrize("case", metafunc.module.CASES, ids=lambda case: case.setting or "default")
     metafunc.parametrize("shape", sizes, ids=lambda shape: "x".join(map(str, shape)))
     metafunc.parametrize("dtype", DTYPE_NAMES)
@@ -113,8 +119,15 @@ class _Collected:
         results = Results(machine_name(DEVICE), DEVICE.type)
         if self.path.suffix != ".json":
             self.path /= results.file_name
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        return Results.load(self.path) if self.path.exists() else results
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.path.parent, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self.path.parent))
+            held = Results.load(self.path) if self.path.exists() else results
+            held.merge(results)
+        except (OSError, ValueError) as error:
+            raise pytest.UsageError(f"--results: {error}") from error
+        return held
 
     def has(self, **of_row: Any) -> bool:
         """Whether the file holds this figure already, measured with this code and these versions."""
@@ -137,7 +150,11 @@ _COLLECTED = pytest.StashKey[_Collected]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_COLLECTED] = _Collected(config.getoption("--results"))
+    _selection(config)
+    collected = config.stash[_COLLECTED] = _Collected(config.getoption("--results") or None)
+    if collected.path is not None and not hasattr(config, "workerinput"):
+        # Before anything is measured: a file that cannot be written, or is another machine's, would lose it all.
+        _ = collected.results
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -117,7 +117,7 @@ def save_curves(history: Sequence[dict[str, float]], path: str | os.PathLike[str
             if prefix + parts[0] in history[0]:
                 axes.plot(epochs, [sum(row[prefix + part] for part in parts) for row in history], ".-", label=label)
         axes.set(title=name, xlabel="epoch", ylabel="nats per image")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
         axes.legend()
     if title:

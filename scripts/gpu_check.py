@@ -2,7 +2,7 @@
 
 Each part writes NAME-PART.json and NAME-PART.log into the folder --out, NAME being the GPU's, and ends with a table;
 --bench and --train also add their figures to NAME.json there, in the format of benchmarks/results/. --dry-run does the
-same at toy sizes on a CPU, so that no typing error waits for a GPU.
+same at toy sizes on a CPU, so that no typing error waits for a GPU. Without a part: all of them, one after another.
 """
 
 from __future__ import annotations
@@ -59,7 +59,6 @@ class Part:
         self.name, self.options = name, options
         self.machine = _machine()
         stem = f"{self.machine['file']}-{name}"
-        options.out.mkdir(parents=True, exist_ok=True)
         self.json, self.log = options.out / f"{stem}.json", options.out / f"{stem}.log"
         self.steps: list[Step] = []
         self.end = time.monotonic() + options.limit
@@ -149,7 +148,7 @@ def _machine() -> dict[str, str]:
 def _missing() -> list[str]:
     found = {name: importlib.util.find_spec(name) is not None for name in (*NEEDED, *WANTED)}
     lines = [f"missing: {name}, needed for {use}" for name, use in NEEDED.items() if not found[name]]
-    for line in lines + [f"missing: {name}: without it no {use}" for name, use in WANTED.items() if not found[name]]:
+    for line in lines + [f"missing: {name}, for {use}" for name, use in WANTED.items() if not found[name]]:
         print(line)
     return lines
 
@@ -191,10 +190,12 @@ def sanitize(options: argparse.Namespace) -> int:
     part.run("every op, without the tool", _own("exercise"), _toy(options))
     if tool is None:
         part.steps.append(Step("compute-sanitizer", "not available: it is not installed"))
+        part.save()
         return part.finish()
     probe = part.run("does the tool work here", [tool, "--tool", "memcheck", *_own("probe")])
     if probe.outcome != "ok":
         probe.outcome = "not available: the tool does not work here (see the log)"
+        part.save()
         return part.finish()
     # The caching allocator would hide an access past the end of a tensor inside its own blocks.
     for check, env in (("memcheck", {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}), ("racecheck", {})):
@@ -398,11 +399,14 @@ def main() -> int:
     if not torch.cuda.is_available() and not options.dry_run:
         print("no CUDA device: --dry-run does the same at toy sizes on the CPU")
         return 2
-    chosen = [name for name in PARTS if getattr(options, name) not in (None, False)]
-    if not chosen:
-        parser.print_help()
-        return 2
-    options.out = options.out.resolve()
+    chosen = [name for name in PARTS if getattr(options, name) not in (None, False)] or list(PARTS)
+    if options.limit < 10:
+        parser.error(f"--limit: expected at least 10 seconds, got {options.limit}")
+    options.out = Path(os.environ.get("GENFAST_CHECK_FROM", "."), options.out).resolve()
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out: expected a folder, got {options.out} ({error.strerror})")
     return int(sum(PARTS[name](options) for name in chosen) > 0)
 
 

@@ -336,7 +336,11 @@ def main(
     """
     tasks = _tasks(ops, dtypes, target)
     if write is not None and (ops or dtypes):
-        raise ValueError("write: expected every op and dtype, since the table is a whole one; got a choice of them")
+        raise ValueError("--write: expected every op and dtype, since the table is a whole one; got a choice of them")
+    if write is not None and target != "sm_90":
+        raise ValueError(f"--write: expected --target sm_90, whose floors the table shows, got {target}")
+    if write is not None and not write.parent.is_dir():
+        raise ValueError(f"--write: expected a file in a folder that exists, got {write}")
     agreed = None if check is None else _chosen(_read(check), ops, dtypes)
     processes = min(os.cpu_count() or 1, 4)
     rows: list[Row] = []
@@ -358,7 +362,9 @@ def main(
     if write is not None:
         print(*save(rows, write), sep="\n")
     chosen = [case.name for case in CASES if not ops or case.op in ops]
-    if inductor and chosen:
+    if inductor and target != "sm_90":
+        print(f"what torch.compile would launch is found for sm_90 alone, not for {target}")
+    elif inductor and chosen:
         from genfast.bench import inductor as theirs
 
         print("lowering the eager chains", file=sys.stderr, flush=True)

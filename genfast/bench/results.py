@@ -112,9 +112,12 @@ class Results:
             content = json.loads(Path(path).read_bytes())
             if content["format"] != FORMAT:
                 raise ValueError(f"{path}: expected results of format {FORMAT}, got {content['format']}")
-            rows = [_row(entry) for entry in content["rows"]]
-            return cls(content["machine"], content["kind"], content["runs"], rows)
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            rows, runs = [_row(entry) for entry in content["rows"]], content["runs"]
+            whole = all(run["copy_bandwidth"] > 0 for run in runs) and all(row.run < len(runs) for row in rows)
+            if not (rows and whole):
+                raise TypeError("no rows, a run without its copy bandwidth, or a row without its run")
+            return cls(content["machine"], content["kind"], runs, rows)
+        except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: no results file of genfast ({type(error).__name__}: {error})") from error
 
     def save(self, path: str | Path) -> None:
@@ -163,6 +166,8 @@ def _compact(row: Row) -> dict[str, Any]:
 
 def _row(entry: dict[str, Any]) -> Row:
     intervals = {name: Interval(*entry[name]) for name in ("time", "graph", "host") if name in entry}
+    if not all(0 < each.low <= each.median <= each.high for each in intervals.values()):
+        raise TypeError(f"times that are none: {entry}")
     return Row(**{**entry, **intervals, "shape": tuple(entry["shape"])})
 
 
@@ -323,8 +328,10 @@ def headline(all_results: Sequence[Results]) -> str:
     header = ("forward + backward", "size", "fused", "of copy", "over eager", "over torch.compile", "on")
     body, notes = [], []
     gpus = [results for results in all_results if results.kind == "cuda"]
-    for results in gpus or [Results("", "cuda")]:
+    for results in gpus:
         body += _headlines(results, "GPU", NOT_MEASURED)
+    if not gpus:
+        body.append(("every op and training step", *[NOT_MEASURED] * 5, "GPU"))
     for results in all_results:
         where = "GPU" if results.kind == "cuda" else "CPU"
         if where == "CPU":
@@ -376,11 +383,13 @@ def in_page(page: str, table: str) -> str:
 class Change:
     """How a chain of ours went from one file to another, in its "time", "graph" or "host" figure.
 
-    `absolute` is new over old, `relative` the same over the baseline of the same run.
+    `absolute` is new over old, `relative` the same over the baseline of the same run: eager, or for the compiled chain
+    what torch.compile makes of eager.
     """
 
     row: Row
     figure: str
+    baseline: str
     absolute: Ratio
     relative: Ratio | None
     verdict: str
@@ -419,9 +428,9 @@ def compare(old: Results, new: Results, threshold: float = TIE) -> list[Change]:
                     verdict = "slower"
                 elif judged and all(each.high < 1 - threshold for each in judged):
                     verdict = "faster"
-                changes.append(Change(after[group][chain], figure, absolute, relative, verdict))
+                changes.append(Change(after[group][chain], figure, baseline, absolute, relative, verdict))
     if not changes:
-        raise ValueError(f"new: expected rows in common with {old.machine}, got none")
+        raise ValueError(f"new: expected fused chains in common with the old file of {old.machine}, got none")
     return sorted(changes, key=lambda change: _order(change.row))
 
 
@@ -433,14 +442,14 @@ def describe_changes(old: Results, new: Results, changes: Sequence[Change], ever
     """A comparison as lines of text: both machines, then what changed beyond noise, or everything."""
     lines = [f"old: {describe(old)}", f"new: {describe(new)}"]
     if old.machine != new.machine:
-        lines.append("two machines: only the figures relative to eager are judged")
+        lines.append("two machines: only the figures relative to their baselines are judged")
     verdicts = [change.verdict for change in changes]
     for change in changes:
         if not (every or change.verdict):
             continue
         row = change.row
         what = " ".join(filter(None, (row.case, _size(row.shape), row.dtype, row.mode, row.place, row.chain)))
-        against = "" if change.relative is None else f", relative to its baseline {_percent(change.relative)}"
+        against = "" if change.relative is None else f", relative to {change.baseline} {_percent(change.relative)}"
         lines.append(f"{change.verdict or 'same':6}  {what}: {change.figure} {_percent(change.absolute)}{against}")
     lines.append(f"{len(changes)} figures: {verdicts.count('slower')} slower, {verdicts.count('faster')} faster")
     return "\n".join(lines) + "\n"

@@ -78,7 +78,7 @@ def test_what_is_wrong_gets_no_time(tmp_path):
     assert done.returncode == 1
     assert "4 failed" in done.stdout
     assert "no time: the error of fused kl_normal is" in done.stdout
-    assert not (tmp_path / "results").exists()
+    assert list((tmp_path / "results").iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -86,12 +86,15 @@ def test_what_is_wrong_gets_no_time(tmp_path):
     [
         ("--chains=fast", "--chains: expected all, or some of fused, fused-compiled, eager"),
         ("--places=above", "--places: expected all, or some of alone, between, got above"),
+        ("--results=tests/conftest.py/x", "--results: "),
+        ("--results=benchmarks/kernel_costs.json", "no results file of genfast"),
     ],
 )
-def test_unknown_choices_are_told(option, message):
+def test_bad_options_are_told_before_anything_is_measured(option, message):
     done = benchmark(KL, option)
-    assert done.returncode != 0
-    assert message in done.stdout + done.stderr
+    assert done.returncode == 4
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +137,12 @@ def test_the_benchmarks_of_the_gpu_check_are_results(checked):
     rows = Results.load(path).rows
     assert {row.chain for row in rows} >= {"fused", "fused-compiled", "eager", "compiled", "reference"}
     assert {row.place for row in rows} == {"alone", "between"}
+
+
+def test_a_run_is_resumed_where_it_stopped(tmp_path):
+    small = [KL, "--benchmark-only", "-k", "128x20 and fp32", f"--results={tmp_path}", "--chains=fused,eager"]
+    assert "4 passed" in benchmark(*small).stdout
+    assert "4 skipped" in benchmark(*small, "--resume").stdout
 
 
 def test_without_a_gpu_the_check_says_so():
