@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from genfast.bench.chains import CHAINS, MODES, build, excess, prepare
+from genfast.bench.chains import CHAINS, MODES, build, excess, excess_between, prepare
 from genfast.cases import CASES, cases
 
 GIVEN = [case for case in CASES if not case.noisy]
@@ -37,6 +37,16 @@ def test_neighbours_feed_the_op_and_take_its_gradient(device):
     torch.testing.assert_close(outputs[0].detach(), 0.5 * alone[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_the_producer_makes_is_exact(dtype, device):
+    """So it is the same by every matrix product, and as wide as what it replaces."""
+    (case,) = cases("kl_normal")
+    work = prepare(case, (256, 48), dtype, device, "between")
+    exact = work.inputs["source"].double() @ work.inputs["weight_mu_q"].double().T
+    assert torch.equal(work.inputs["mu_q"].double(), exact)
+    assert 1.0 < work.inputs["mu_q"].double().std() < 2.25
+
+
 def test_a_wrong_chain_is_beyond_the_tolerance(device):
     """A dropped gradient, a sign, a NaN."""
     (case,) = cases("kl_normal")
@@ -54,7 +64,10 @@ def test_a_wrong_chain_is_beyond_the_tolerance(device):
     assert excess(case, case.fused, work.inputs, work.upstream) <= 1
     for wrong in (shifted, undefined, detached):
         assert excess(case, wrong, work.inputs, work.upstream) > 1
+    between = prepare(case, (16, 24), torch.float32, device, "between")
+    assert excess_between(case, build(case, "between", "fused"), between) <= 1
     broken = replace(case, fused=shifted)
+    assert excess_between(case, build(broken, "between", "fused"), between) > 1
     assert prepare(broken, (16, 24), torch.float32, device).error > 1
 
 
