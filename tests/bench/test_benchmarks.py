@@ -143,6 +143,8 @@ def test_a_run_is_resumed_where_it_stopped(tmp_path):
     small = [KL, "--benchmark-only", "-k", "128x20 and fp32", f"--results={tmp_path}", "--chains=fused,eager"]
     assert "4 passed" in benchmark(*small).stdout
     assert "4 skipped" in benchmark(*small, "--resume").stdout
+    # One chain more, and the group is measured anew: its chains are of one run.
+    assert "6 passed" in benchmark(*small[:-1], "--chains=fused,eager,reference", "--resume").stdout
 
 
 def test_without_a_gpu_the_check_says_so():
