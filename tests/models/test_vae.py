@@ -263,7 +263,7 @@ def linear_gaussian(offset=0.0, widen=0.0):
     The encoder is that posterior, but for `offset` on its mean and `widen` on its log-variance.
     """
     sigma, bias = 0.5, torch.tensor([0.2, -0.1, 0.4, 0.3])
-    weight = torch.tensor([[1.0, 0.5], [1.0, -0.5], [-1.0, 0.5], [1.0, 0.5]]) * 0.6
+    weight = torch.tensor([[1.0, 0.5], [1.0, -0.5], [-1.0, 0.5], [1.0, 0.5]]) * 0.625
     assert (weight.T @ weight).fill_diagonal_(0).abs().max() == 0
     decoder, encoder = nn.Linear(2, 4), nn.Sequential(nn.Flatten(), nn.Linear(4, 4))
     precision = 1 + weight.square().sum(0) / sigma**2
