@@ -113,7 +113,8 @@ class Op:
         # In this order, or the graphs of torch.compile would depend on the switch.
         if not is_dynamo_compiling():
             call = self._direct if _in_plain_eager(args) else self._dispatched
-            if profiling.on:
+            # Fake tensors, and those of a trace, launch nothing.
+            if profiling.on and type(args[0]) in PLAIN:
                 with profiling.range(f"{self._name} {_shape_and_dtype(args[0])}"):
                     return call(*args)
             return call(*args)
