@@ -284,7 +284,7 @@ def _show(results: Path) -> None:
 
 
 def _mnist(folder: Path) -> Path | None:
-    """torchvision's layout unpacked from the .gz files in GENFAST_DATA, .mnist/ or data/, if they are there."""
+    """torchvision's layout unpacked from the .gz files in GENFAST_DATA or data/, if they are there."""
     names = [f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
     for source in (os.environ.get("GENFAST_DATA"), ROOT / "data"):
         if source is None:

@@ -98,8 +98,8 @@ def _in_plain_eager(args: tuple) -> bool:
 class Op:
     """A registered operator, called and differentiated with the arguments of its reference.
 
-    In plain eager code it goes past the dispatcher, whose Python layers cost the host more than a kernel's launch: the
-    same function, the same backward, as a `torch.autograd.Function`.
+    In plain eager code it goes past the dispatcher, whose Python layers cost the host more than the rest of a
+    small call but its launch: the same function, the same backward, as a `torch.autograd.Function`.
     """
 
     def __init__(self, name: str, definition: Any, body: Callable[..., Any], mutates: tuple[int, ...]) -> None:
