@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
-import os
 import platform
+import signal
 import sys
-import tempfile
 from importlib.metadata import PackageNotFoundError, version
-from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 import torch
@@ -23,6 +21,7 @@ from genfast import random, report, training
 from genfast._files import replacing
 from genfast.bench import cli as bench
 from genfast.models import registry
+from genfast.run import CHECKPOINTS, TENSORBOARD, RunFolder, check_out, make_folder, read_settings
 
 __all__ = ["ClickException", "app"]
 
@@ -34,10 +33,6 @@ app = typer.Typer(
 )
 app.add_typer(bench.app, name="bench")
 
-_RUN_FILES = (
-    "run.json", "config.json", "model.safetensors", "metrics.jsonl", "samples.png", "reconstructions.png",
-    "curves.png", "manifold.png", "interpolation.png", "evaluation.json", "samples-*.png",
-)  # fmt: skip
 # Without --epochs: this many images in all, within these bounds.
 _IMAGES_SEEN = 250_000
 _EPOCHS = (10, 100)
@@ -68,6 +63,7 @@ def root(context: typer.Context, show_version: Annotated[bool, typer.Option("--v
 
 @app.command()
 def train(
+    context: typer.Context,
     family: Annotated[str, typer.Argument(help=f"Model family: {', '.join(registry.FAMILIES)}.", show_default=False)],
     data: Data = "digits",
     data_root: DataRoot = None,
@@ -77,8 +73,13 @@ def train(
         int | None,
         typer.Option(min=1, help=f"Default: about {_IMAGES_SEEN:,} images in all, {_EPOCHS[0]} to {_EPOCHS[1]}."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per step, of all processes together.")] = 128,
+    micro_batches: Annotated[int, typer.Option(min=1, help="Split each batch; the gradients add up.")] = 1,
     lr: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 1e-3,
+    lr_schedule: Annotated[str, typer.Option(help="constant; cosine or linear down to 0.")] = "constant",
+    warmup_steps: Annotated[int, typer.Option(min=0, help="Steps in which the learning rate rises.")] = 0,
+    grad_clip: Annotated[float | None, typer.Option(help="Largest norm of the gradients.")] = None,
+    ema_decay: Annotated[float | None, typer.Option(help="Average the weights, as 0.999; sample from that.")] = None,
     latent_dim: Annotated[int | None, typer.Option(min=1, help="Size of the latent code.")] = None,
     preset: Annotated[str | None, typer.Option(help="Networks: mlp or conv.")] = None,
     likelihood: Annotated[str | None, typer.Option(help="bernoulli or gaussian.")] = None,
@@ -87,82 +88,165 @@ def train(
     fused: Annotated[bool | None, typer.Option(help="Fused ops, or the ordinary PyTorch chain.")] = None,
     seed: Annotated[int, typer.Option(callback=_seed, help="Of initial weights, order and noise.")] = 0,
     device: Device = "auto",
-    compile: Annotated[bool, typer.Option("--compile", help="torch.compile the forward pass and the loss.")] = False,
+    mode: Annotated[str, typer.Option(help="auto, eager, compile, or graph: each step one CUDA graph.")] = "auto",
+    compile: Annotated[bool, typer.Option("--compile", help="torch.compile the loss, in any mode.")] = False,
+    amp: Annotated[str | None, typer.Option(help="Autocast to bf16 or fp16.")] = None,
+    matmul_precision: Annotated[str | None, typer.Option(help="Of fp32 products: highest, high or medium.")] = None,
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="Memory format of convolutions.")] = False,
+    time: Annotated[float | None, typer.Option(help="Stop after so many seconds.")] = None,
+    patience: Annotated[int | None, typer.Option(min=1, help="Stop after epochs without a better test loss.")] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(min=1, help="Steps; default: at a cost below 2%.")] = None,
+    keep: Annotated[int, typer.Option(min=1, help="How many checkpoints are kept.")] = 2,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write scalars and samples for it.")] = False,
+    log_every: Annotated[int, typer.Option(min=1, help="Steps between the scalars of single steps there.")] = 100,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; default: a new one in runs/.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, with its own options.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that --out holds.")] = False,
 ) -> None:
-    """Train a model; write it, its metrics and pictures into the run's folder."""
-    chosen = registry.get_family(family)
-    options = {
-        "latent_dim": latent_dim, "preset": preset, "likelihood": likelihood, "fused": fused, "beta": beta,
-        "free_bits": free_bits,
-    }  # fmt: skip
-    options = {name: value for name, value in options.items() if value is not None}
-    for name in options:
-        if name not in (*chosen.build_options, *chosen.loss_options):
-            raise ValueError(f"--{name.replace('_', '-')} is not an option of the family {family}")
-    build_options = {name: value for name, value in options.items() if name in chosen.build_options}
-    loss_options = {name: value for name, value in options.items() if name in chosen.loss_options}
-    if not (lr > 0 and math.isfinite(lr)):
-        raise ValueError(f"--lr: expected a positive number, got {lr}")
-    where = _device(device)
-    _check_out(out, overwrite)
+    """Train a model; write it, its metrics and pictures into the run's folder. Under torchrun, on many devices."""
+    options = SimpleNamespace(**{name: value for name, value in locals().items() if name != "context"})
+    if resume and overwrite:
+        raise ValueError("--resume: expected it without --overwrite")
+    if resume:
+        check_out(out, overwrite, resume)
+        given = {name for name in vars(options) if context.get_parameter_source(name).name != "DEFAULT"}
+        _take_over(options, read_settings(out), given)
+    with training.launched(_device(device)) as where:
+        _train(options, where)
 
-    splits = training.load_dataset(data, data_root, image_size)
-    train_data = training.DeviceDataset(splits.train, where, binarize)
-    test_data = training.DeviceDataset(splits.test, where, binarize)
-    torch.manual_seed(seed)
+
+# What may be given anew when a run is resumed: how it is run, how long, and what it leaves.
+_FREE = {
+    "data_root", "epochs", "micro_batches", "device", "mode", "compile", "matmul_precision", "channels_last", "time",
+    "patience", "checkpoint_every", "keep", "tensorboard", "log_every", "out", "resume", "overwrite",
+}  # fmt: skip
+_NOT_TAKEN_OVER = {"device", "time", "out", "resume", "overwrite"}
+# Those that not every family has.
+_MODEL_OPTIONS = ("latent_dim", "preset", "likelihood", "fused", "beta", "free_bits")
+_AMP = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def _take_over(options: SimpleNamespace, saved: dict[str, Any], given: set[str]) -> None:
+    """Give a resumed run the options that it had, where the command line gives none."""
+    options.data = _source(options.data)
+    for name, value in vars(options).items():
+        if name not in saved or name in _NOT_TAKEN_OVER:
+            continue
+        if name not in given:
+            setattr(options, name, Path(saved[name]) if name == "data_root" and saved[name] else saved[name])
+        elif name not in _FREE and value != saved[name]:
+            spelled = "family" if name == "family" else f"--{name.replace('_', '-')}"
+            raise ValueError(f"--resume: {spelled}: expected that of the run, {saved[name]}, got {value}")
+
+
+def _source(data: str) -> str:
+    """A named set's location may be anywhere; a folder of images must be found again from any working directory."""
+    return data if data in training.DATASETS else str(Path(data).resolve())
+
+
+def _train(options: SimpleNamespace, where: torch.device) -> None:
+    """What `train` does, in each of the processes; the first one alone writes and speaks."""
+    first = training.ranks()[0] == 0
+    chosen = registry.get_family(options.family)
+    set_here = {name: getattr(options, name) for name in _MODEL_OPTIONS if getattr(options, name) is not None}
+    for name in set_here:
+        if name not in (*chosen.build_options, *chosen.loss_options):
+            raise ValueError(f"--{name.replace('_', '-')} is not an option of the family {options.family}")
+    build_options = {name: value for name, value in set_here.items() if name in chosen.build_options}
+    loss_options = {name: value for name, value in set_here.items() if name in chosen.loss_options}
+    if not (options.lr > 0 and math.isfinite(options.lr)):
+        raise ValueError(f"--lr: expected a positive number, got {options.lr}")
+    if options.amp not in _AMP:
+        raise ValueError(f"--amp: expected bf16 or fp16, got {options.amp}")
+    if options.mode == "graph" and where.type != "cuda":
+        raise ValueError(f"--mode: expected a CUDA device for graph, got {where}")
+    if first and not options.resume:
+        check_out(options.out, options.overwrite, options.resume)
+
+    with training.local_rank_first():
+        # One process of a machine downloads what is missing.
+        splits = training.load_dataset(options.data, options.data_root, options.image_size)
+    train_data = training.DeviceDataset(splits.train, where, options.binarize)
+    test_data = training.DeviceDataset(splits.test, where, options.binarize)
+    torch.manual_seed(options.seed)
     model = chosen.build(train_data.image_shape, **build_options).to(where)
     with torch.no_grad():
         # Whatever the model has against the data or the options comes out here, before anything is written.
-        model.loss(train_data.images[:1], seed=0, **loss_options)
-    if epochs is None:
-        epochs = min(max(math.ceil(_IMAGES_SEEN / len(train_data)), _EPOCHS[0]), _EPOCHS[1])
+        model.loss(train_data.images[:1].to(where), seed=0, **loss_options)
+    if options.epochs is None:
+        options.epochs = min(max(math.ceil(_IMAGES_SEEN / len(train_data)), _EPOCHS[0]), _EPOCHS[1])
 
-    folder = _make_folder(out, f"{family}-{splits.name}")
-    # A named set's location may be anywhere; a folder of images must be found again from any working directory.
-    source = data if data in training.DATASETS else str(Path(data).resolve())
+    folder = make_folder(options.out, f"{options.family}-{splits.name}") if first else None
+    folder = training.from_first(folder)
+    kept_options = {name: value for name, value in vars(options).items() if name not in ("out", "resume", "overwrite")}
     settings = {
-        "genfast": genfast.__version__, "torch": torch.__version__, "family": family, "data": source,
-        "data_root": None if data_root is None else str(data_root.resolve()), "image_size": image_size,
-        "binarize": binarize, "train_images": len(train_data), "test_images": len(test_data),
-        "image_shape": list(train_data.image_shape), "epochs": epochs, "batch_size": batch_size, "lr": lr,
-        "seed": seed, "device": str(where), "compile": compile, **options,
+        "genfast": genfast.__version__, "torch": torch.__version__, **kept_options, "data": _source(options.data),
+        "data_root": None if options.data_root is None else str(options.data_root.resolve()), "device": str(where),
+        "train_images": len(train_data), "test_images": len(test_data), "image_shape": list(train_data.image_shape),
     }  # fmt: skip
-    run = _RunFolder(folder, settings)
-    run.write_settings("running")
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    images = f"{len(train_data):,} + {len(test_data):,} images"
-
+    run = RunFolder(folder, settings, options.resume) if first else None
+    # The others look into the folder once it is ready.
+    training.from_first(None)
     history: list[dict[str, float]] = []
 
     def keep(row: dict[str, float]) -> None:
         history.append(row)
-        run.save(model, history)
+        run.copy_model(ema=options.ema_decay is not None)
+        run.write_metrics(history)
 
-    status = "finished"
+    status, code = "finished", 0
+    if first:
+        if options.resume and run.history():
+            history += run.history()
+        run.write_settings("running")
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        images = f"{len(train_data):,} + {len(test_data):,} images"
+        processes = "" if training.ranks()[1] == 1 else f", {training.ranks()[1]} processes"
+        at = f"{parameters:,} parameters on {where}{processes}"
+        print(f"{options.family}: {at}; {splits.name}: {images}; {folder}", flush=True)
     try:
-        print(f"{family}: {parameters:,} parameters on {where}; {splits.name}: {images}; {folder}", flush=True)
-        training.fit(
-            model, train_data, test_data=test_data, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed,
-            loss_options=loss_options, compile=compile, on_epoch=keep,
+        result = training.fit(
+            model, train_data, test_data=test_data, epochs=options.epochs, batch_size=options.batch_size,
+            micro_batches=options.micro_batches, lr=options.lr, lr_schedule=options.lr_schedule,
+            warmup_steps=options.warmup_steps, grad_clip=options.grad_clip, ema_decay=options.ema_decay,
+            amp_dtype=_AMP[options.amp], matmul_precision=options.matmul_precision,
+            channels_last=options.channels_last, mode=options.mode, compile=options.compile, seed=options.seed,
+            loss_options=loss_options, checkpoints=folder / CHECKPOINTS, resume=options.resume, keep=options.keep,
+            checkpoint_every=options.checkpoint_every, time_limit=options.time, patience=options.patience,
+            tensorboard=folder / TENSORBOARD if options.tensorboard else None, log_every=options.log_every,
+            on_epoch=keep,
         )  # fmt: skip
-    except KeyboardInterrupt:
-        status = "interrupted"
-        if all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
-            run.save(model, history)
+        status = {"early": "stopped early", "time": "out of time"}.get(result.reason, "finished")
+    except KeyboardInterrupt as error:
+        status, code = "interrupted", 128 + getattr(error, "signal", signal.SIGINT)
     except FloatingPointError as error:
+        if not first:
+            raise
         kept = f"the model after epoch {len(history)} is in {folder}" if history else "there is no model to keep"
         if run.old:
             kept = f"{folder} still holds the run that it held"
+            run.put_back()
         run.write_settings("diverged")
         raise FloatingPointError(f"{error}; {kept}") from error
+    if first:
+        _finish(run, model, test_data, history, options, status, code)
+    if code:
+        raise typer.Exit(code)
+
+
+def _finish(
+    run: RunFolder, model: torch.nn.Module, test_data: training.DeviceDataset, history: list[dict[str, float]],
+    options: SimpleNamespace, status: str, code: int,
+) -> None:  # fmt: skip
+    """The last state of a run's files, and its pictures; whoever sends SIGTERM does not wait for those."""
+    if all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
+        run.save_model(model)
+        run.write_metrics(history)
     run.write_settings(status)
-    if not run.old:
-        _write_pictures(model, test_data, folder, history, title=f"{family}, {splits.name}", seed=seed)
-    print(f"{status}: {folder}")
-    if status == "interrupted":
-        raise typer.Exit(130)
+    if not run.old and code != 128 + signal.SIGTERM:
+        title = f"{options.family}, {Path(options.data).name}"
+        _write_pictures(model, test_data, run.folder, history, title=title, seed=options.seed)
+    print(f"{status}: {run.folder}")
 
 
 @app.command()
@@ -200,7 +284,7 @@ def evaluate(
     """ELBO and importance-weighted log-likelihood of the test set, in nats per image; the run's own data by default."""
     where = _device(device)
     model = _load(run).to(where).eval()
-    settings = _settings(run)
+    settings = read_settings(run)
     if data is None:
         if "data" not in settings:
             raise ValueError(f"--data: {run} does not say what it was trained on, so name the data")
@@ -272,83 +356,6 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
-
-
-def _check_out(out: Path | None, overwrite: bool) -> None:
-    """Raise unless `out` can be written, and is free or a run that may be replaced."""
-    _check_writable(out or Path("runs"))
-    if out is None or not out.exists():
-        return
-    if not out.is_dir():
-        raise ValueError(f"--out: {out} is a file")
-    if not any(out.iterdir()):
-        return
-    if "genfast" not in _settings(out):
-        raise ValueError(f"--out: {out} is not empty and not a run of genfast")
-    if not overwrite:
-        raise ValueError(f"--out: {out} holds a run; name another folder, or add --overwrite")
-
-
-def _check_writable(folder: Path) -> None:
-    """Raise unless a file can be made in `folder`, or in what there is of the way to it."""
-    try:
-        nearest = next(path for path in (folder, *folder.parents) if path.exists())
-        if nearest.is_dir():
-            tempfile.TemporaryFile(dir=nearest).close()
-        elif nearest != folder:
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-    except OSError as error:
-        raise ValueError(f"--out: cannot write to {folder} ({error.strerror})") from error
-
-
-def _make_folder(out: Path | None, name: str) -> Path:
-    """The run's folder: `out`, or a new one in runs/."""
-    try:
-        if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
-            return out
-        for number in count(1):
-            folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
-            if not folder.exists():
-                folder.mkdir(parents=True)
-                return folder
-    except OSError as error:
-        raise ValueError(f"--out: cannot write to {error.filename} ({error.strerror})") from error
-    raise AssertionError("unreachable")
-
-
-class _RunFolder:
-    """The files of a run that change while it trains; a run that the folder held stays whole until the first `save`."""
-
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
-        self.folder, self.settings = folder, settings
-        self.old = [path for pattern in _RUN_FILES for path in folder.glob(pattern)]
-
-    def write_settings(self, status: str) -> None:
-        if self.old:
-            return
-        with replacing(self.folder / "run.json") as temporary:
-            temporary.write_text(json.dumps({**self.settings, "status": status}, indent=2) + "\n")
-
-    def save(self, model: torch.nn.Module, history: list[dict[str, float]]) -> None:
-        model.save_pretrained(self.folder)
-        if self.old:
-            for path in self.old:
-                if path.name not in ("config.json", "model.safetensors"):
-                    path.unlink(missing_ok=True)
-            self.old = []
-            self.write_settings("running")
-        with replacing(self.folder / "metrics.jsonl") as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in history))
-
-
-def _settings(run: Path) -> dict[str, Any]:
-    """What run.json holds; empty if there is none, or none of ours."""
-    try:
-        settings = json.loads((run / "run.json").read_text())
-    except (FileNotFoundError, ValueError):
-        return {}
-    return settings if isinstance(settings, dict) else {}
 
 
 def _load(run: Path) -> torch.nn.Module:

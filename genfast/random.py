@@ -20,7 +20,7 @@ from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 
 from genfast._environment import FORCE_REFERENCE, HAS_TRITON
 
-__all__ = ["Stream", "as_seed", "derive_seed", "new_seed", "normal", "philox4x32", "uniform"]
+__all__ = ["Stream", "as_seed", "derive_seed", "derive_seeds", "new_seed", "normal", "philox4x32", "uniform"]
 
 _MASK = 0xFFFFFFFF
 _ROUNDS = 10
@@ -170,6 +170,33 @@ def derive_seed(seed: int, *indices: int) -> int:
         seed = words[0] | words[1] << 32
     seed &= 2**64 - 1
     return seed - 2**64 if seed >= 2**63 else seed
+
+
+def derive_seeds(seed: int, first: int, count: int) -> Tensor:
+    """``derive_seed(seed, first + i)`` for i from 0 to count - 1, all at once.
+
+    Args:
+        seed: any int; its low 64 bits count.
+        first: the first index, non-negative.
+        count: how many; the last index is below 2^64.
+
+    Returns:
+        int64 tensor of shape [count] on the CPU.
+
+    Raises:
+        ValueError: `first` or `count` is negative, or an index has more than 64 bits.
+
+    Example:
+        >>> derive_seeds(0, 5, 3).tolist() == [derive_seed(0, 5), derive_seed(0, 6), derive_seed(0, 7)]
+        True
+    """
+    if count < 0:
+        raise ValueError(f"count: expected a non-negative int, got {count}")
+    if not 0 <= first <= 2**64 - max(count, 1):
+        raise ValueError(f"first: expected indices from 0 to 2^64 - 1, got {count} from {first} on")
+    index = np.arange(count, dtype=np.uint64) + np.uint64(first)
+    words = _rounds((seed & _MASK, seed >> 32 & _MASK), (index & _MASK, index >> 32, 0, int(Stream.SEED)))
+    return torch.from_numpy((words[0] | words[1] << 32).view(np.int64))
 
 
 # Types whose values may be handled outside torch; a subclass may hold anything.

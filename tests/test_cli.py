@@ -19,7 +19,7 @@ from genfast.models import VAE, AutoEncoder, registry
 COMMAND = [sys.executable, "-m", "genfast"]
 PICTURES = {"samples.png", "reconstructions.png", "curves.png"}
 MODEL = {"config.json", "model.safetensors"}
-RECORDS = {"run.json", "metrics.jsonl"}
+RECORDS = {"checkpoints", "run.json", "metrics.jsonl"}
 
 
 def environment():

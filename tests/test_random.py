@@ -8,7 +8,18 @@ import pytest
 import scipy.stats
 import torch
 
-from genfast.random import Stream, as_seed, box_muller, derive_seed, new_seed, normal, philox4x32, uniform, unit
+from genfast.random import (
+    Stream,
+    as_seed,
+    box_muller,
+    derive_seed,
+    derive_seeds,
+    new_seed,
+    normal,
+    philox4x32,
+    uniform,
+    unit,
+)
 
 MASK = 0xFFFFFFFF
 # Random123's kat_vectors for philox4x32 with 10 rounds: counter, key, result.
@@ -43,6 +54,23 @@ def test_derived_seeds_use_the_same_rounds():
     assert all(-(2**63) <= seed < 2**63 for seed in seeds)
     assert derive_seed(1, 2, 3) != derive_seed(1, 3, 2)
     assert derive_seed(2**63, 1) == derive_seed(-(2**63), 1)
+
+
+@pytest.mark.parametrize("first", [0, 1, 2**32 - 3, 2**40 + 7, 2**63 - 2, 2**64 - 5])
+@pytest.mark.parametrize("seed", [0, -1, -(2**63), 2**63 + 11, 2**64 - 1, 2**70 + 3])
+def test_many_seeds_at_once(seed, first):
+    seeds = derive_seeds(seed, first, 5)
+    assert seeds.dtype == torch.int64
+    assert seeds.tolist() == [derive_seed(seed, first + index) for index in range(5)]
+
+
+def test_many_seeds_say_what_they_expected():
+    assert derive_seeds(0, 3, 0).shape == (0,)
+    with pytest.raises(ValueError, match="count: expected a non-negative int, got -1"):
+        derive_seeds(0, 0, -1)
+    for first, count in ((-1, 2), (2**64, 0), (2**64 - 1, 2)):
+        with pytest.raises(ValueError, match="first: expected indices from 0 to 2\\^64 - 1"):
+            derive_seeds(0, first, count)
 
 
 def test_definition_by_hand():

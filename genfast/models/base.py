@@ -122,6 +122,19 @@ class Model(nn.Module, PyTorchModelHubMixin, library_name="genfast"):
         if "_compile_options" in state:
             self.compile(**self._compile_options)
 
+    def config_json(self, extra: dict[str, Any] | None = None) -> str:
+        """The text of ``config.json``: the class, its arguments, and ``extra`` under that name, which loading ignores.
+
+        Example:
+            >>> from genfast.models import VAE
+            >>> json.loads(VAE(latent_dim=2).config_json())["latent_dim"]
+            2
+        """
+        arguments = {key: value for key, value in self._hub_mixin_config.items() if key not in self.own_networks}
+        own = {"own_networks": list(self.own_networks)} if self.own_networks else {}
+        more = {_EXTRA_KEY: extra} if extra else {}
+        return json.dumps({"model_type": type(self).__name__, **arguments, **own, **more}, indent=2) + "\n"
+
     @property
     def device(self) -> torch.device:
         """The device of the parameters."""
@@ -171,10 +184,7 @@ class Model(nn.Module, PyTorchModelHubMixin, library_name="genfast"):
             key: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
             for key, value in self.state_dict().items()
         }
-        arguments = {key: value for key, value in self._hub_mixin_config.items() if key not in self.own_networks}
-        own = {"own_networks": list(self.own_networks)} if self.own_networks else {}
-        extra = {_EXTRA_KEY: config} if config else {}
-        text = json.dumps({"model_type": type(self).__name__, **arguments, **own, **extra}, indent=2) + "\n"
+        text = self.config_json(config)
         with replacing(folder / WEIGHTS_NAME) as temporary:
             temporary.write_bytes(safetensors.torch.save(tensors, metadata={"format": "pt"}))
         with replacing(folder / CONFIG_NAME) as temporary:

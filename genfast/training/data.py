@@ -1,222 +1,70 @@
-"""Images for training: where they come from (`load_dataset`) and how they are held and batched (`DeviceDataset`)."""
+"""Images for training: how they are held (`DeviceDataset`), batched, brought to the device and given to CUDA graphs."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from importlib import resources
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from itertools import count, islice
+from typing import Any, Literal, TypeVar, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from genfast import random
 
-__all__ = ["DATASETS", "Binarize", "DeviceDataset", "Splits", "load_dataset"]
+__all__ = ["Binarize", "DeviceDataset", "Feed", "ImageBatches", "prefetch"]
 
 Binarize = Literal["none", "threshold", "dynamic"]
 
-# Name on the command line -> class in torchvision.datasets.
-_TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST", "cifar10": "CIFAR10"}
-DATASETS = ("digits", *_TORCHVISION)
+_T = TypeVar("_T")
 
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm"}
-_HELD_OUT = ("test", "val", "valid", "validation")
-# In a folder without such splits, every tenth image is held out.
-_TEST_EVERY = 10
-
-
-class Splits(NamedTuple):
-    """A data set in memory: `train` and `test` are uint8 [N, C, H, W]."""
-
-    name: str
-    train: Tensor
-    test: Tensor
-
-
-def load_dataset(
-    name_or_folder: str | os.PathLike[str] = "digits",
-    root: str | os.PathLike[str] | None = None,
-    image_size: int | None = None,
-) -> Splits:
-    """Load a data set by name, or a folder of images, as uint8 tensors on the CPU.
-
-    Args:
-        name_or_folder: "digits" (bundled: 5,000 + 1,000 images of MNIST, 500 + 100 of each digit), "mnist",
-            "fashion-mnist", "kmnist", "cifar10" (read through torchvision, and downloaded if absent), or a folder. A
-            folder is searched through all its levels, but for hidden files and folders. If it has a subfolder ``train``
-            beside ``test`` (or else ``val``, ``valid`` or ``validation``) they are the two splits, and nothing else is
-            read; without ``train``, every tenth image by path is held out. Images are grey only if all of them are.
-        root: where the named sets lie, as torchvision lays them out; the environment variable GENFAST_DATA if None,
-            and ``~/.cache/genfast`` without it.
-        image_size: height and width to bring all images to (the shorter side is scaled, the middle cut out). If
-            None, images keep their size, and those of a folder must all have the same.
-
-    Raises:
-        ValueError: an unknown name, an empty folder, ``train`` beside folders of other names alone, an unreadable
-            image, images of different sizes, a bad `image_size`.
-        OSError: a named set is neither there nor to be downloaded.
-
-    Example:
-        >>> digits = load_dataset("digits")
-        >>> digits.train.shape, digits.test.shape, digits.train.dtype
-        (torch.Size([5000, 1, 28, 28]), torch.Size([1000, 1, 28, 28]), torch.uint8)
-    """
-    if image_size is not None and image_size < 1:
-        raise ValueError(f"image_size: expected a positive int, got {image_size}")
-    name = os.fspath(name_or_folder)
-    if name == "digits":
-        splits = _load_digits()
-    elif name in _TORCHVISION:
-        root = Path(root or os.environ.get("GENFAST_DATA") or _cache_folder())
-        splits = _load_torchvision(name, root.expanduser())
-    elif Path(name).is_dir():
-        return _load_folder(Path(name), image_size)
-    else:
-        raise ValueError(f"data: expected one of {', '.join(DATASETS)} or a folder of images, got {name!r}")
-    return splits if image_size is None else _resized(splits, image_size)
-
-
-def _load_digits() -> Splits:
-    with (resources.files("genfast") / "data" / "digits.npz").open("rb") as file, np.load(file) as arrays:
-        train, test = (torch.from_numpy(arrays[key]).unsqueeze(1) for key in ("x_train", "x_test"))
-    return Splits("digits", train, test)
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "genfast"
-
-
-def _load_torchvision(name: str, root: Path) -> Splits:
-    from torchvision import datasets
-
-    kind = getattr(datasets, _TORCHVISION[name])
-
-    def split(train: bool) -> Tensor:
-        try:
-            try:
-                images = kind(root, train=train, download=False).data
-            except RuntimeError:
-                # Only what is not there is downloaded: a read-only root that has it works.
-                images = kind(root, train=train, download=True).data
-        except Exception as error:
-            # torchvision lets whatever its parsers and urllib raise come through.
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise OSError(
-                f"data: {name} can be neither read from {root} nor downloaded there ({reason}); name the folder that "
-                "holds it with --data-root or GENFAST_DATA"
-            ) from error
-        # CIFAR-10 is a numpy array [N, H, W, C], the others are tensors [N, H, W].
-        return images.unsqueeze(1) if images.ndim == 3 else torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-
-    return Splits(name, split(True), split(False))
-
-
-def _resized(splits: Splits, size: int) -> Splits:
-    """The square sets, scaled; in pieces, which bounds the memory."""
-
-    def scale(images: Tensor) -> Tensor:
-        if tuple(images.shape[-2:]) == (size, size):
-            return images
-        pieces = images.split(1024)
-        resize = torch.nn.functional.interpolate
-        return torch.cat([resize(piece, (size, size), mode="bilinear", antialias=True) for piece in pieces])
-
-    return Splits(splits.name, scale(splits.train), scale(splits.test))
-
-
-def _load_folder(folder: Path, image_size: int | None) -> Splits:
-    inner = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    held_out_names = [name for name in _HELD_OUT if name in inner]
-    if "train" in inner and held_out_names:
-        train_paths, test_paths = _image_paths(folder / "train"), _image_paths(folder / held_out_names[0])
-    elif "train" in inner and len(inner) > 1:
-        others = ", ".join(f"{name}/" for name in inner if name != "train")
-        expected = ", ".join(f"{name}/" for name in _HELD_OUT)
-        raise ValueError(f"data: {folder}: expected one of {expected} beside train/, got {others}")
-    else:
-        paths = _image_paths(folder)
-        if len(paths) < 2:
-            raise ValueError(f"data: {folder} holds a single image; at least two are needed, one of them for the test")
-        test_paths = paths[_TEST_EVERY - 1 :: _TEST_EVERY] or paths[-1:]
-        held_out = set(test_paths)
-        train_paths = [path for path in paths if path not in held_out]
-    images = _read_images([*train_paths, *test_paths], image_size)
-    return Splits(folder.resolve().name, images[: len(train_paths)], images[len(train_paths) :])
-
-
-def _image_paths(folder: Path) -> list[Path]:
-    """All images below `folder`, sorted, without what is hidden (a Mac's shadow files, .ipynb_checkpoints)."""
-
-    def is_image(path: Path) -> bool:
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        return path.suffix.lower() in _SUFFIXES and not hidden and path.is_file()
-
-    paths = sorted(path for path in folder.rglob("*") if is_image(path))
-    if not paths:
-        raise ValueError(f"data: {folder} holds no images ({', '.join(sorted(_SUFFIXES))})")
-    return paths
-
-
-def _read_images(paths: list[Path], image_size: int | None) -> Tensor:
-    """Decode to uint8 [N, C, H, W]; grey if every image is."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    from PIL import Image, ImageOps
-
-    def read(path: Path) -> np.ndarray:
-        try:
-            with Image.open(path) as image:
-                if image.mode.startswith(("I", "F")):
-                    raise ValueError(f"mode {image.mode} has more than 8 bits per channel")
-                upright = ImageOps.exif_transpose(image)
-                upright = upright.convert("L" if upright.mode in ("1", "L", "LA") else "RGB")
-                if image_size is not None:
-                    upright = ImageOps.fit(upright, (image_size, image_size), Image.Resampling.BILINEAR)
-                return np.asarray(upright)
-        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-            raise ValueError(f"data: cannot read the image {path} ({error})") from error
-
-    with ThreadPoolExecutor() as pool:
-        arrays = []
-        for path, array in zip(paths, pool.map(read, paths), strict=True):
-            if arrays and array.shape[:2] != arrays[0].shape[:2]:
-                (height, width), (first_height, first_width) = array.shape[:2], arrays[0].shape[:2]
-                raise ValueError(
-                    f"data: {path} is {height} x {width} and {paths[0]} is {first_height} x {first_width} pixels; give "
-                    "one size to all with --image-size"
-                )
-            arrays.append(array)
-    if any(array.ndim == 3 for array in arrays):
-        arrays = [array if array.ndim == 3 else np.repeat(array[:, :, None], 3, axis=2) for array in arrays]
-        return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
-    return torch.from_numpy(np.stack(arrays)).unsqueeze(1)
+# Pixels at a time where a whole set is worked through: bounds the memory (fp32 noise: 64 MiB).
+_CHUNK = 1 << 24
 
 
 class DeviceDataset:
     """uint8 images that stay on the device, shuffled, binarized and batched there: no copies, no host sync.
 
+    Images that do not fit stay in host memory, which may be a memory-mapped file, and each batch is gathered there and
+    copied ahead of its use. Both give the same batches, bit for bit.
+
     Args:
         images: uint8 [N, C, H, W], or [N, H, W] for one channel.
-        device: where they are held; where they are if None.
+        device: where the batches are wanted; where the images are if None.
         binarize: what a batch holds. "none": the images. "threshold": 255 where the pixel is 128 or more, else 0.
             "dynamic": 255 with probability pixel / 255, drawn anew in each epoch (Burda et al., "Importance weighted
             autoencoders", ICLR 2016).
+        resident: whether the images are held on the device (True) or in host memory (False). None: on the device,
+            unless it is a CUDA device and they would take more than half of its free memory.
+
+    Attributes:
+        images: all of them, on the device if `resident` (and binarized, if that is "threshold"), else in host memory.
+        device: where the batches are made.
+        resident: whether `images` are on the device.
 
     Raises:
         TypeError: `images` is not a uint8 tensor.
         ValueError: another number of dimensions, no images, an unknown `binarize`.
 
     Example:
+        >>> from genfast.training import load_dataset
         >>> data = DeviceDataset(load_dataset("digits").test, binarize="dynamic")
         >>> batch, rows = next(data.batches(32, seed=0, epoch=1))
         >>> batch.shape, batch.dtype, batch.unique().tolist(), rows.shape
         (torch.Size([32, 1, 28, 28]), torch.uint8, [0, 255], torch.Size([32]))
     """
 
-    def __init__(self, images: Tensor, device: torch.device | str | None = None, binarize: Binarize = "none") -> None:
+    def __init__(
+        self,
+        images: Tensor,
+        device: torch.device | str | None = None,
+        binarize: Binarize = "none",
+        resident: bool | None = None,
+    ) -> None:
         if not isinstance(images, Tensor) or images.dtype != torch.uint8:
             came = images.dtype if isinstance(images, Tensor) else type(images).__name__
             raise TypeError(f"images: expected a uint8 tensor (0 to 255), got {came}")
@@ -227,17 +75,17 @@ class DeviceDataset:
         if binarize not in get_args(Binarize):
             raise ValueError(f"binarize: expected one of {', '.join(get_args(Binarize))}, got {binarize!r}")
         images = images.unsqueeze(1) if images.ndim == 3 else images
-        self.images = images.to(device)
+        self.device = images.device if device is None else _with_index(device)
         self.binarize = binarize
-        if binarize == "threshold":
-            self.images = (self.images >= 128).to(torch.uint8) * 255
+        self._resident_wish = resident
+        self.resident = _fits(images, self.device) if resident is None else resident
+        self.images = images.to(self.device) if self.resident else images.cpu()
+        if self.resident and binarize == "threshold":
+            self.images = _threshold(self.images)
+        self._digest: str | None = None
 
     def __len__(self) -> int:
         return self.images.shape[0]
-
-    @property
-    def device(self) -> torch.device:
-        return self.images.device
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -245,14 +93,33 @@ class DeviceDataset:
         return tuple(self.images.shape[1:])
 
     def to(self, device: torch.device | str) -> DeviceDataset:
-        """The same data on `device`; itself if it is there already."""
-        if torch.empty(0, device=device).device == self.device:
+        """The same data for `device`; itself if it is there already."""
+        if _with_index(device) == self.device:
             return self
-        return DeviceDataset(self.images, device, self.binarize)
+        return DeviceDataset(self.images, device, self.binarize, self._resident_wish)
+
+    def digest(self) -> str:
+        """16 hex digits that another data set will not have: of a SHA-256 over shape, `binarize` and every byte.
+
+        The same wherever the images are held. Computed once.
+
+        Example:
+            >>> images = torch.zeros(2, 4, 4, dtype=torch.uint8)
+            >>> DeviceDataset(images).digest() == DeviceDataset(images, binarize="dynamic").digest()
+            False
+        """
+        if self._digest is None:
+            digest = hashlib.sha256(f"{list(self.images.shape)} {self.binarize}".encode())
+            for chunk in self.images.split(_rows_at_a_time(self.images)):
+                # Held on the device, they are binarized already.
+                chunk = _threshold(chunk) if self.binarize == "threshold" else chunk
+                digest.update(chunk.cpu().contiguous().numpy())
+            self._digest = digest.hexdigest()[:16]
+        return self._digest
 
     def permutation(self, seed: int, epoch: int) -> Tensor:
-        """The order of an epoch: int64 [N] on the device, a function of (seed, epoch), the same on every device."""
-        rows = torch.arange(len(self), device=self.device)
+        """The order of an epoch: int64 [N] beside the images, a function of (seed, epoch), the same on every device."""
+        rows = torch.arange(len(self), device=self.images.device)
         zero = torch.zeros_like(rows)
         key = (zero + (seed & 0xFFFFFFFF), zero + (seed >> 32 & 0xFFFFFFFF))
         words = random.philox4x32(key, (zero, rows, zero, zero + (random.Stream.SHUFFLE | _salt(epoch) << 8)))
@@ -260,36 +127,222 @@ class DeviceDataset:
         return torch.argsort(words[0] << 31 | words[1] >> 1, stable=True)
 
     def batches(
-        self, batch_size: int, *, seed: int, epoch: int = 0, shuffle: bool = True, drop_last: bool = False
+        self,
+        batch_size: int,
+        *,
+        seed: int,
+        epoch: int = 0,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        first: int = 0,
+        shard: tuple[int, int] = (0, 1),
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of one epoch, as (images, rows).
 
-        Which image comes where, and its dynamic binarization, depend on `seed` and `epoch` but not on `batch_size`.
+        Which image comes where, and its dynamic binarization, depend on `seed` and `epoch` but not on `batch_size`
+        or `shard`.
 
         Args:
-            batch_size: images per batch; the last batch may hold fewer, unless `drop_last`.
+            batch_size: images per batch, over all processes; the last batch may hold fewer, unless `drop_last`.
             seed: of the order and of dynamic binarization, at most 64 bits.
             epoch: another one gives another order and other draws, for the same seed.
             shuffle: False keeps the order of the images.
             drop_last: leave a last, smaller batch out.
+            first: batches to leave out at the start; they are not loaded.
+            shard: (rank, world): only the rank-th of `world` equal ranges of each batch. Every process gets the same
+                number of batches, though its part of a last, smaller one may be empty.
 
         Returns:
             Iterator over (uint8 [B, C, H, W], int64 [B]: which images these are), both on the device.
 
         Raises:
-            ValueError: `batch_size` is not positive.
+            ValueError: `batch_size` is not positive or no multiple of `world`, `first` is negative, or there is no
+                such `shard`.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size: expected a positive int, got {batch_size}")
-        order = self.permutation(seed, epoch) if shuffle else torch.arange(len(self), device=self.device)
-        noise_seed = random.as_seed(seed, self.device)
+        offset, share = _share_of(batch_size, shard)
+        _check_first(first)
         end = len(self) - len(self) % batch_size if drop_last else len(self)
-        for start in range(0, end, batch_size):
-            rows = order[start : start + batch_size]
-            batch = self.images.index_select(0, rows)
+        starts = [start + offset for start in range(first * batch_size, end, batch_size)]
+        return self._batches(starts, share, seed, epoch, shuffle)
+
+    def _batches(
+        self, starts: list[int], share: int, seed: int, epoch: int, shuffle: bool
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        order = self.permutation(seed, epoch) if shuffle else torch.arange(len(self), device=self.images.device)
+        noise_seed = random.as_seed(seed, self.device)
+        gather = _Gather(self.images)
+        shares = (order[start : start + share] for start in starts)
+        if self.resident:
+            gathered = map(gather.__getitem__, shares)
+        else:
+            # A generator of its own, or the loader would draw from torch's.
+            loader = DataLoader(
+                gather, batch_size=None, sampler=shares, collate_fn=tuple, generator=torch.Generator()
+            )
+            gathered = prefetch(loader, self.device)
+        for start, (batch, rows) in zip(starts, gathered, strict=True):
             if self.binarize == "dynamic":
                 batch = _draw_pixels(batch, noise_seed, start, epoch)
+            elif self.binarize == "threshold" and not self.resident:
+                batch = _threshold(batch)
             yield batch, rows
+
+    def feed(self, batch_size: int, *, seed: int, shard: tuple[int, int] = (0, 1)) -> Feed:
+        """The whole batches of one epoch after another, for a CUDA graph; see `Feed`.
+
+        Args:
+            batch_size, seed, shard: as for `batches`.
+
+        Raises:
+            ValueError: the images are not held on the device, or are fewer than `batch_size`; or as for `batches`.
+        """
+        return Feed(self, batch_size, seed=seed, shard=shard)
+
+
+class Feed:
+    """The batches of ``data.batches(..., drop_last=True)`` taken by the device alone, so that a CUDA graph can do it.
+
+    All that `take` reads lies in memory whose addresses never change: the images, a table of every batch's rows and
+    seed, and a counter on the device, which tells it the batch. With dynamic binarization there are an epoch's pixels
+    besides, as many bytes as the images divided by the number of processes.
+
+    Args:
+        data: images that are held on the device.
+        batch_size: images per batch, over all processes.
+        seed: of the run: of the orders, of dynamic binarization and of the steps.
+        shard: (rank, world), as for `DeviceDataset.batches`.
+
+    Attributes:
+        steps: batches per epoch.
+        row_offset: place of this process's first row in each batch.
+
+    Raises:
+        ValueError: `data` is not resident or smaller than a batch; or as for `DeviceDataset.batches`.
+
+    Example:
+        >>> from genfast.training import load_dataset
+        >>> feed = DeviceDataset(load_dataset("digits").train).feed(128, seed=0)
+        >>> feed.start(epoch=1)
+        >>> images, seed = feed.take()
+        >>> feed.steps, images.shape, int(seed) == random.derive_seed(0, 1)
+        (39, torch.Size([128, 1, 28, 28]), True)
+    """
+
+    def __init__(self, data: DeviceDataset, batch_size: int, *, seed: int, shard: tuple[int, int] = (0, 1)) -> None:
+        self.row_offset, share = _share_of(batch_size, shard)
+        if not data.resident:
+            raise ValueError("data: expected images that are held on the device (resident), got some in host memory")
+        _check_enough(len(data), batch_size)
+        self.data, self.batch_size, self.seed = data, batch_size, seed
+        self.steps = len(data) // batch_size
+        # A row for each batch: its seed, then which images it holds.
+        self._table = torch.zeros(self.steps, 1 + share, dtype=torch.int64, device=data.device)
+        # Out of range, so that nothing can be taken before `start`.
+        self._counter = torch.full((1,), self.steps, dtype=torch.int64, device=data.device)
+        self._pixels: Tensor | None = None
+        if data.binarize == "dynamic":
+            self._pixels = data.images.new_empty(self.steps, share, *data.image_shape)
+
+    def start(self, epoch: int, first: int = 0) -> None:
+        """Prepare an epoch; it comes before the first `take`.
+
+        Step s of the run, counted from 1 over all epochs, has the seed ``derive_seed(seed, s)``.
+
+        Args:
+            epoch: counts from 1.
+            first: the batch that `take` begins with.
+
+        Raises:
+            ValueError: `epoch` is below 1, or there is no batch `first`.
+        """
+        if epoch < 1:
+            raise ValueError(f"epoch: expected an int of at least 1, got {epoch}")
+        if not 0 <= first < self.steps:
+            raise ValueError(f"first: expected an int from 0 to {self.steps - 1}, got {first}")
+        share = self._table.shape[1] - 1
+        order = self.data.permutation(self.seed, epoch)[: self.steps * self.batch_size]
+        rows = order.view(self.steps, self.batch_size)[:, self.row_offset : self.row_offset + share]
+        self._table[:, 0].copy_(random.derive_seeds(self.seed, (epoch - 1) * self.steps + 1, self.steps))
+        self._table[:, 1:].copy_(rows)
+        self._counter.fill_(first)
+        if self._pixels is not None:
+            self._draw(self._pixels, epoch)
+
+    def _draw(self, pixels: Tensor, epoch: int) -> None:
+        noise_seed = random.as_seed(self.seed, self.data.device)
+        # Several batches at once are neighbours in the epoch's order only where this process has all of it.
+        whole = pixels.shape[1] == self.batch_size
+        chunk = _rows_at_a_time(pixels) if whole else 1
+        for start in range(0, self.steps, chunk):
+            rows = self._table[start : start + chunk, 1:].flatten()
+            place = start * self.batch_size + self.row_offset
+            drawn = _draw_pixels(self.data.images.index_select(0, rows), noise_seed, place, epoch)
+            pixels[start : start + chunk].copy_(drawn.view(-1, *pixels.shape[1:]))
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """The next batch; at most ``steps - first`` times after a `start`.
+
+        Returns:
+            (uint8 [b, C, H, W]: this process's images, int64 [1]: the step's seed), both on the device.
+        """
+        entry = self._table.index_select(0, self._counter).squeeze(0)
+        if self._pixels is None:
+            images = self.data.images.index_select(0, entry[1:])
+        else:
+            images = self._pixels.index_select(0, self._counter).squeeze(0)
+        self._counter.add_(1)
+        return images, entry[:1]
+
+
+class _Gather(Dataset):
+    """A whole batch as one item."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+
+    def __getitem__(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return self.images.index_select(0, rows), rows
+
+
+def _with_index(device: torch.device | str) -> torch.device:
+    return torch.empty(0, device=device).device
+
+
+def _fits(images: Tensor, device: torch.device) -> bool:
+    if device.type != "cuda" or images.device == device:
+        return True
+    return images.numel() <= torch.cuda.mem_get_info(device)[0] // 2
+
+
+def _share_of(batch_size: int, shard: tuple[int, int]) -> tuple[int, int]:
+    """This process's part of a batch: (its first row, its rows)."""
+    rank, world = shard
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected a positive int, got {batch_size}")
+    if not 0 <= rank < world:
+        raise ValueError(f"shard: expected (rank, world) with 0 <= rank < world, got {tuple(shard)}")
+    if batch_size % world:
+        raise ValueError(f"batch_size: expected a multiple of the {world} processes, got {batch_size}")
+    share = batch_size // world
+    return rank * share, share
+
+
+def _check_first(first: int) -> None:
+    if first < 0:
+        raise ValueError(f"first: expected a non-negative int, got {first}")
+
+
+def _check_enough(images: int, batch_size: int) -> None:
+    if batch_size > images:
+        raise ValueError(f"batch_size: expected at most the {images} images of data, got {batch_size}")
+
+
+def _rows_at_a_time(images: Tensor) -> int:
+    return max(1, _CHUNK // images[0].numel())
+
+
+def _threshold(images: Tensor) -> Tensor:
+    return (images >= 128).to(torch.uint8) * 255
 
 
 def _draw_pixels(images: Tensor, seed: Tensor, row_offset: int, epoch: int) -> Tensor:
@@ -305,67 +358,150 @@ def _salt(epoch: int) -> int:
 class ImageBatches:
     """Every kind of data that `genfast.fit` takes, batched in one way; see `fit` for the kinds.
 
+    A `DataLoader` decides about its batches and, with several processes, about the part of the data that each gets
+    (bring a `DistributedSampler`); what is said of `batch_size` and `train` does not hold for it.
+
     Args:
         data: a uint8 tensor, a `DeviceDataset`, a torch `Dataset` or a `DataLoader`. Items and batches are image
             tensors, or tuples that begin with one.
-        batch_size: images per batch; a `DataLoader` keeps its own.
+        batch_size: images per batch, over all processes.
         device: where the batches are wanted.
-        train: shuffled and, where there are enough images, all batches of one size (a last, smaller one is left out;
-            shuffling leaves out others in the next epoch). Otherwise in order, and all images.
+        train: shuffled, and a last, smaller batch is left out (shuffling leaves out others in the next epoch).
+            Otherwise in order, and all images. An `IterableDataset` is never shuffled, and keeps its last batch, except
+            in training on several processes, whose parts of it would differ in size.
+        shard: (rank, world): each process gets the rank-th of `world` equal ranges of each batch; its part of a last,
+            smaller one may be empty.
+
+    Attributes:
+        dataset: the `DeviceDataset`, if the data is held on the device as one; else None.
 
     Raises:
         TypeError: `data` is of another kind.
-        ValueError: `batch_size` is not positive, or `data` holds nothing.
+        ValueError: `batch_size` is not positive, no multiple of `world`, or in training more than the images; there is
+            no such `shard`; or `data` holds nothing.
 
     Example:
+        >>> from genfast.training import load_dataset
         >>> batches = ImageBatches(load_dataset("digits").train, 128, torch.device("cpu"), train=True)
-        >>> len(batches), sum(len(batch) for batch in batches.epoch(seed=0, epoch=1))
+        >>> len(batches), sum(len(batch) for batch, row in batches.epoch(seed=0, epoch=1))
         (39, 4992)
     """
 
-    def __init__(self, data: Any, batch_size: int, device: torch.device, train: bool) -> None:
-        from torch.utils.data import DataLoader, Dataset, IterableDataset
-
-        if batch_size < 1:
-            raise ValueError(f"batch_size: expected a positive int, got {batch_size}")
+    def __init__(
+        self, data: Any, batch_size: int, device: torch.device, train: bool, shard: tuple[int, int] = (0, 1)
+    ) -> None:
         if isinstance(data, Tensor):
             data = DeviceDataset(data)
-        self.batch_size, self.device, self.train = batch_size, device, train
-        self.order = torch.Generator()
-        if isinstance(data, DeviceDataset):
-            self.source = data.to(device)
-            self.drop_last = train and len(data) >= batch_size
-        elif isinstance(data, DataLoader):
-            self.source = data
-        elif isinstance(data, IterableDataset):
-            self.source = DataLoader(data, batch_size, generator=self.order)
-        elif isinstance(data, Dataset):
-            if len(data) == 0:
-                raise ValueError("data: the Dataset is empty")
-            drop_last = train and len(data) >= batch_size
-            self.source = DataLoader(data, batch_size, shuffle=train, drop_last=drop_last, generator=self.order)
-        else:
+        if not isinstance(data, (DeviceDataset, DataLoader, Dataset)):
             raise TypeError(
                 "data: expected a uint8 image tensor, a DeviceDataset, a Dataset or a DataLoader, "
                 f"got {type(data).__name__}"
             )
+        self.batch_size, self.device, self.train, self.shard = batch_size, device, train, shard
+        if not isinstance(data, DataLoader):
+            self._offset, self._share = _share_of(batch_size, shard)
+        if _is_sized(data):
+            if len(data) == 0:
+                raise ValueError("data: the Dataset is empty")
+            if train:
+                _check_enough(len(data), batch_size)
+        self.data = data.to(device) if isinstance(data, DeviceDataset) else data
+        self.dataset = self.data if isinstance(data, DeviceDataset) and self.data.resident else None
 
     def __len__(self) -> int:
         """The number of batches in an epoch; TypeError where it is unknown (an IterableDataset)."""
-        if isinstance(self.source, DeviceDataset):
-            whole, rest = divmod(len(self.source), self.batch_size)
-            return whole + (rest > 0 and not self.drop_last)
-        return len(self.source)
+        if _is_sized(self.data):
+            whole, rest = divmod(len(self.data), self.batch_size)
+            return whole + (rest > 0 and not self.train)
+        return len(self.data if isinstance(self.data, DataLoader) else self._stream())
 
-    def epoch(self, seed: int, epoch: int) -> Iterator[Tensor]:
-        """The image batches of one epoch, on the device."""
-        if isinstance(self.source, DeviceDataset):
-            batches = self.source.batches(
-                self.batch_size, seed=seed, epoch=epoch, shuffle=self.train, drop_last=self.drop_last
-            )
-            return (batch for batch, _ in batches)
-        self.order.manual_seed(random.derive_seed(seed, epoch))
-        return (_images_of(batch).to(self.device, non_blocking=True) for batch in self.source)
+    def epoch(self, seed: int, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, int]]:
+        """The batches of one epoch.
+
+        Args:
+            seed: of the order and of dynamic binarization.
+            epoch: another one gives another order; told to a loader's sampler that has ``set_epoch``.
+            first: batches to leave out at the start. Those of an `IterableDataset` or a `DataLoader` are read and
+                dropped (what the loader does at random is its own affair), others are not loaded.
+
+        Returns:
+            Iterator over (this process's images on the device, index of the first of them in the epoch's order over
+            all processes; with a `DataLoader`, rank * 2^40 + the images that came before from it).
+
+        Raises:
+            ValueError: `first` is negative.
+        """
+        _check_first(first)
+        if isinstance(self.data, DeviceDataset):
+            return self._from_device_dataset(seed, epoch, first)
+        if isinstance(self.data, DataLoader):
+            batches = self._from_loader(epoch, first)
+        elif isinstance(self.data, IterableDataset):
+            batches = self._from_stream(first)
+        else:
+            batches = self._from_dataset(seed, epoch, first)
+        return prefetch(batches, self.device)
+
+    def describe(self) -> dict[str, Any]:
+        """What a resumed run must find again: kind, images, shape, digest, binarize; None where unknown."""
+        data = self.data
+        found = dict.fromkeys(("kind", "images", "shape", "digest", "binarize"))
+        found |= {"kind": type(data).__name__, "images": _count(data.dataset if isinstance(data, DataLoader) else data)}
+        if isinstance(data, DeviceDataset):
+            found |= {"shape": list(data.image_shape), "digest": data.digest(), "binarize": data.binarize}
+        return found
+
+    def _from_device_dataset(self, seed: int, epoch: int, first: int) -> Iterator[tuple[Tensor, int]]:
+        batches = self.data.batches(
+            self.batch_size, seed=seed, epoch=epoch, shuffle=self.train, drop_last=self.train, first=first,
+            shard=self.shard,
+        )  # fmt: skip
+        for index, (images, _) in enumerate(batches, first):
+            yield images, index * self.batch_size + self._offset
+
+    def _from_dataset(self, seed: int, epoch: int, first: int) -> Iterator[tuple[Tensor, int]]:
+        generator = torch.Generator().manual_seed(random.derive_seed(seed, epoch))
+        images = len(self.data)
+        order = (torch.randperm(images, generator=generator) if self.train else torch.arange(images)).tolist()
+        starts = [index * self.batch_size + self._offset for index in range(first, len(self))]
+        shares = [order[start : start + self._share] for start in starts]
+        # An empty part gets its shape from an image that is loaded for it.
+        loader = DataLoader(self.data, batch_sampler=[rows or order[-1:] for rows in shares], generator=generator)
+        for start, rows, batch in zip(starts, shares, loader, strict=True):
+            yield _images_of(batch)[: len(rows)], start
+
+    def _from_stream(self, first: int) -> Iterator[tuple[Tensor, int]]:
+        places = count(first * self.batch_size + self._offset, self.batch_size)
+        for place, batch in zip(places, islice(self._stream(), first, None), strict=False):
+            yield _images_of(batch)[self._offset : self._offset + self._share], place
+
+    def _stream(self) -> DataLoader:
+        drop_last = self.train and self.shard[1] > 1
+        # A generator of its own, or the loader would draw from torch's.
+        return DataLoader(self.data, self.batch_size, drop_last=drop_last, generator=torch.Generator())
+
+    def _from_loader(self, epoch: int, first: int) -> Iterator[tuple[Tensor, int]]:
+        for sampler in (self.data.sampler, self.data.batch_sampler):
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(epoch)
+        place = self.shard[0] << 40
+        for index, batch in enumerate(self.data):
+            images = _images_of(batch)
+            if index >= first:
+                yield images, place
+            place += len(images)
+
+
+def _is_sized(data: Any) -> bool:
+    """Whether its images can be counted and taken by number."""
+    return not isinstance(data, (DataLoader, IterableDataset))
+
+
+def _count(data: Any) -> int | None:
+    try:
+        return len(data)
+    except TypeError:
+        return None
 
 
 def _images_of(batch: Any) -> Tensor:
@@ -375,3 +511,73 @@ def _images_of(batch: Any) -> Tensor:
             f"data: expected batches that are an image tensor or begin with one, got {type(images).__name__}"
         )
     return images
+
+
+def prefetch(
+    batches: Iterable[tuple[Any, ...]], device: torch.device, depth: int = 2
+) -> Iterator[tuple[Any, ...]]:
+    """Batches brought to the device; to a CUDA device ahead of their use, by a thread and on a stream of its own.
+
+    Args:
+        batches: tuples; the tensors among their elements are moved.
+        device: where to.
+        depth: how many batches are made ready ahead.
+
+    Returns:
+        Iterator over the batches, in their order. What `batches` raises, it raises; closed early, it stops the thread.
+
+    Example:
+        >>> for images, row in prefetch([(torch.zeros(2, 3), 0), (torch.zeros(2, 3), 2)], torch.device("cpu")):
+        ...     print(images.device, row)
+        cpu 0
+        cpu 2
+    """
+    if device.type != "cuda":
+        # No thread: it would race with the model for torch's global generator.
+        for batch in batches:
+            yield _moved(batch, device)
+        return
+    source = iter(batches)
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+
+    def copy_next() -> tuple[tuple[Any, ...], torch.cuda.Event] | None:
+        # Around all of it, since `batches` may work on the device too.
+        with torch.cuda.stream(stream):
+            batch = next(source, None)
+            return None if batch is None else (_moved(batch, device), stream.record_event())
+
+    with closing(_ahead(copy_next, depth)) as copies:
+        for batch, copied in copies:
+            consumer = torch.cuda.current_stream(device)
+            consumer.wait_event(copied)
+            for item in batch:
+                if isinstance(item, Tensor):
+                    # Else its memory could be given away while the consumer still reads it.
+                    item.record_stream(consumer)
+            yield batch
+
+
+def _moved(batch: tuple[Any, ...], device: torch.device) -> tuple[Any, ...]:
+    def move(item: Any) -> Any:
+        if not isinstance(item, Tensor):
+            return item
+        if device.type == "cuda" and item.device.type == "cpu":
+            item = item.pin_memory()
+        # Towards the host nothing would wait for the copy.
+        return item.to(device, non_blocking=device.type == "cuda")
+
+    return tuple(map(move, batch))
+
+
+def _ahead(pull: Callable[[], _T | None], depth: int) -> Iterator[_T]:
+    """What `pull` returns until it returns None; a thread calls it, up to `depth` times ahead of the consumer."""
+    with ThreadPoolExecutor(1, "genfast-prefetch") as thread:
+        pulled = deque(thread.submit(pull) for _ in range(depth))
+        try:
+            while (item := pulled.popleft().result()) is not None:
+                pulled.append(thread.submit(pull))
+                yield item
+        finally:
+            for future in pulled:
+                future.cancel()

@@ -1,32 +1,63 @@
-"""One optimizer step."""
+"""One optimizer step, as a whole on the device."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from genfast import profiling, random
+from genfast.models.base import Model
+from genfast.training import distributed
+from genfast.training.capture import Captured
+from genfast.training.ema import EMA
 
-__all__ = ["TrainStep"]
+if TYPE_CHECKING:
+    from genfast.training.data import Feed
+
+__all__ = ["Mode", "TrainStep"]
+
+Mode = Literal["auto", "eager", "compile", "graph"]
+# As torch.amp.GradScaler's.
+_INITIAL_SCALE, _GROWTH_INTERVAL = 2.0**16, 2000
+# Below this the fp16 gradients are not small but broken.
+_SMALLEST_SCALE = 2.0**-14
 
 
 class TrainStep:
-    """Loss, backward and optimizer step on one batch, without waiting for the device.
+    """Loss, backward, clipping, optimizer and moving average on one batch, without waiting for the device.
+
+    A step whose loss or gradients are NaN or infinite changes nothing: not the weights, nor the optimizer's state, the
+    buffers or the average. That is decided on the device, where the optimizer's kernel can skip its update (``fused``
+    Adam, AdamW and SGD); with any other optimizer the host reads one flag a step. `failed` tells which step it was.
+
+    Under torch.distributed the gradients are averaged over the processes: by DDP, which is set up here, or by FSDP2 for
+    a model that `shard` has split. Every process takes the same number of steps with batches of one size.
 
     Args:
         model: has ``loss(x, *, seed, row_offset, ...) -> {"loss": scalar, ...parts}``, as every genfast model.
         optimizer: over the model's parameters.
+        mode: "eager"; "compile": the model's loss is compiled first; "graph": the whole step, optimizer included, is
+            one CUDA graph, captured at the fourth step and replayed from then on for batches of the same shape; "auto":
+            "graph" on a CUDA device where that is possible, else "eager".
+        compile: compile the model's loss first, in whichever mode.
+        source: what `DeviceDataset.feed` made: a step called without a batch takes the next one from there.
+        micro_batches: split each batch into so many; their gradients add up. Each draws the noise of its own rows, so
+            the loss is that of the whole batch, to rounding (not so with batch norm).
         grad_clip: largest norm of all gradients together; None leaves them as they are.
-        amp_dtype: dtype for `torch.autocast` of the forward pass, such as torch.bfloat16; None for no autocast. (fp16
-            would need loss scaling, and is refused.)
+        amp_dtype: dtype for `torch.autocast` of the forward pass: torch.bfloat16, or torch.float16, whose loss is
+            scaled as by `torch.amp.GradScaler`; None for no autocast.
         loss_options: passed to ``model.loss`` at every step, such as ``{"beta": 4.0}``.
-        compile: ``model.compile()`` first.
+        scheduler: of `torch.optim.lr_scheduler`, stepped after each step.
+        ema_decay: keep a moving average of the weights in `ema`; see `EMA`.
 
     Raises:
-        ValueError: `grad_clip` is not positive, or `amp_dtype` is torch.float16.
+        ValueError: an argument is out of range, or mode "graph" is impossible here.
 
     Example:
         >>> class Mean(nn.Module):
@@ -46,47 +77,293 @@ class TrainStep:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         *,
+        mode: Mode = "eager",
+        compile: bool = False,
+        source: Feed | None = None,
+        micro_batches: int = 1,
         grad_clip: float | None = None,
         amp_dtype: torch.dtype | None = None,
         loss_options: Mapping[str, Any] | None = None,
-        compile: bool = False,
+        scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+        ema_decay: float | None = None,
     ) -> None:
+        if mode not in get_args(Mode):
+            raise ValueError(f"mode: expected one of {', '.join(get_args(Mode))}, got {mode!r}")
+        if micro_batches < 1:
+            raise ValueError(f"micro_batches: expected a positive int, got {micro_batches}")
         if grad_clip is not None and not grad_clip > 0:
             raise ValueError(f"grad_clip: expected a positive number or None, got {grad_clip}")
-        if amp_dtype is torch.float16:
-            raise ValueError("amp_dtype: float16 needs loss scaling, which TrainStep has not; use torch.bfloat16")
-        self.model = model
-        self.optimizer = optimizer
-        self.grad_clip = grad_clip
-        self.amp_dtype = amp_dtype
+        if amp_dtype not in (None, torch.bfloat16, torch.float16):
+            raise ValueError(f"amp_dtype: expected torch.bfloat16, torch.float16 or None, got {amp_dtype}")
+        self.model, self.optimizer, self.scheduler, self.source = model, optimizer, scheduler, source
+        self.micro_batches, self.grad_clip, self.amp_dtype = micro_batches, grad_clip, amp_dtype
         self.loss_options = dict(loss_options or {})
-        if compile:
+        self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.device = self._parameters[0].device
+        self._sharded = distributed.is_sharded(model)
+        if self._sharded and ema_decay is not None:
+            raise ValueError(f"ema_decay: expected None for a model that is sharded, got {ema_decay}")
+        self._skips_alone = getattr(optimizer, "_step_supports_amp_scaling", False) and not self._sharded
+        self.mode = self._choose(mode)
+
+        self._loss = self._loss_of(model, compile or mode == "compile")
+        self.ema = None if ema_decay is None else EMA(model, ema_decay)
+        self._buffers = [] if self._sharded else list(model.buffers())
+        with torch.device(self.device):
+            # Steps taken, and the first one that failed or 0.
+            self._taken, self._failed = torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.int64)
+            scale = _INITIAL_SCALE if amp_dtype is torch.float16 else 1.0
+            self._scale, self._growth = torch.tensor(scale), torch.zeros((), dtype=torch.int64)
+        self._names: list[str] = []
+        self._sums: Tensor | None = None
+        self._captured: Captured[dict[str, Tensor]] | None = None
+        self._fixed: tuple[Tensor, Tensor, int] | None = None
+
+    def _choose(self, mode: Mode) -> Literal["eager", "graph"]:
+        """How steps run, the loss being compiled or not."""
+        if mode in ("eager", "compile"):
+            return "eager"
+        if self.device.type != "cuda":
+            if mode == "graph":
+                raise ValueError(f"mode: expected a model on a CUDA device for 'graph', got one on {self.device}")
+            return "eager"
+        obstacle = self._obstacle()
+        if obstacle is not None:
+            if mode == "graph":
+                warnings.warn(f"mode graph: {obstacle}; steps run eagerly", stacklevel=4)
+            return "eager"
+        for group in self.optimizer.param_groups:
+            # A float would be a constant of the graph.
+            group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=self.device)
+            if "capturable" in group:
+                group["capturable"] = True
+        return "graph"
+
+    def _obstacle(self) -> str | None:
+        if distributed.ranks()[1] > 1:
+            return "the gradients are exchanged with other processes"
+        if not self._skips_alone or not all(group.get("fused") for group in self.optimizer.param_groups):
+            name = type(self.optimizer).__name__
+            return f"the optimizer, {name}, is not a fused one (Adam, AdamW or SGD with fused=True)"
+        return None
+
+    def _loss_of(self, model: nn.Module, compiled: bool) -> Callable[..., dict[str, Tensor]]:
+        if compiled and isinstance(model, Model):
             model.compile()
+        if distributed.ranks()[1] > 1 and not self._sharded:
+            return distributed.data_parallel(model, self.device)
+        # nn.Module.compile covers forward alone.
+        return torch.compile(model.loss) if compiled and not isinstance(model, Model) else model.loss
 
     @profiling.annotate("step")
     def __call__(
-        self, batch: Tensor, *, seed: int | Tensor | None = None, row_offset: int = 0
+        self, batch: Tensor | None = None, *, seed: int | Tensor | None = None, row_offset: int = 0
     ) -> dict[str, Tensor]:
         """Take one step.
 
         Args:
-            batch: what ``model.loss`` takes, on the model's device.
+            batch: what ``model.loss`` takes, on the model's device; None for the next one of `source`, which has its
+                own seed and row_offset.
             seed: of the step's noise: None (drawn from torch's generator), an int, or an int64 tensor [1].
-            row_offset: global index of the batch's first row.
+            row_offset: global index of the batch's first row: on rank r, r times the rows of its batch.
 
         Returns:
-            The parts of the loss, and "grad_norm" (before clipping) where gradients are clipped: detached scalars on
-            the device.
+            The parts of the loss, means over this process's batch, and "grad_norm" (before clipping): detached scalars
+            on the device. A replayed graph writes the next step's into the same tensors.
+
+        Raises:
+            ValueError: there is neither a batch nor a source, or an empty batch.
         """
-        # A tensor, because a compiled loss would be specialised to each int.
-        seed = random.as_seed(seed, batch.device)
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(batch.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
-            parts = self.model.loss(batch, seed=seed, row_offset=row_offset, **self.loss_options)
-        profiling.backward(parts["loss"])
-        values = {name: value.detach() for name, value in parts.items()}
-        with profiling.range("optimizer"):
-            if self.grad_clip is not None:
-                values["grad_norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
-            self.optimizer.step()
+        if batch is None:
+            if self.source is None:
+                raise ValueError("batch: expected a tensor, for this step was made without a source, got None")
+            advance = self._advance_from_source
+            values = self._replay(advance) if self.mode == "graph" else advance()
+        else:
+            if len(batch) == 0:
+                raise ValueError(f"batch: expected at least one row, got shape {list(batch.shape)}")
+            # A tensor, because a compiled loss would be specialised to each int.
+            seed = random.as_seed(seed, batch.device)
+            if self.mode == "graph" and self._fits(batch, seed, row_offset):
+                values = self._replay(lambda: self._advance(*self._fixed))
+            else:
+                values = self._advance(batch, seed, row_offset)
+        if self.scheduler is not None:
+            self.scheduler.step()
         return values
+
+    def _fits(self, batch: Tensor, seed: Tensor, row_offset: int) -> bool:
+        """Put the batch where the graph reads it, if it is of the shape that the graph was made for."""
+        if self._fixed is None:
+            self._fixed = (batch.clone(), seed.clone(), row_offset)
+            return True
+        fixed_batch, fixed_seed, fixed_offset = self._fixed
+        if (batch.shape, batch.dtype, row_offset) != (fixed_batch.shape, fixed_batch.dtype, fixed_offset):
+            return False
+        fixed_batch.copy_(batch, non_blocking=True)
+        fixed_seed.copy_(seed)
+        return True
+
+    def _replay(self, function: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        if self._captured is None:
+            self._captured = Captured(function, self.device)
+        return self._captured()
+
+    def _advance_from_source(self) -> dict[str, Tensor]:
+        with profiling.range("data"):
+            batch, seed = self.source.take()
+        return self._advance(batch, seed, self.source.row_offset)
+
+    def _advance(self, batch: Tensor, seed: Tensor, row_offset: int) -> dict[str, Tensor]:
+        """The whole step: no value is read on the host, unless the optimizer cannot skip by itself."""
+        self.optimizer.zero_grad(set_to_none=True)
+        buffers = [buffer.clone() for buffer in self._buffers]
+        values, finite = self._backward(batch, seed, row_offset)
+        with torch.no_grad(), profiling.range("optimizer"):
+            grads = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+            norm = _full(nn.utils.get_total_norm(grads)).float() / self._scale
+            # A loss that is not finite has made all gradients NaN, those of the other processes too.
+            accepted = norm.isfinite()
+            self._update(norm, accepted)
+            for buffer, before in zip(self._buffers, buffers, strict=True):
+                buffer.copy_(torch.where(accepted, buffer, before))
+            if self.ema is not None:
+                self.ema.update(accepted)
+            values["grad_norm"] = norm
+            self._account(values, len(batch), accepted, finite)
+        return values
+
+    def _backward(self, batch: Tensor, seed: Tensor, row_offset: int) -> tuple[dict[str, Tensor], Tensor]:
+        """Gradients of the batch's mean loss, its parts, and whether it is finite."""
+        # As few as there are rows, and none of them empty.
+        pieces = batch.tensor_split(min(self.micro_batches, len(batch)))
+        values: dict[str, Tensor] = {}
+        for index, piece in enumerate(pieces):
+            share = len(piece) / len(batch)
+            with self._exchanging(last=index == len(pieces) - 1):
+                # The cache would keep casts of the weights across what a graph holds.
+                autocast = torch.autocast(
+                    batch.device.type, self.amp_dtype, enabled=self.amp_dtype is not None,
+                    cache_enabled=self.mode != "graph",
+                )  # fmt: skip
+                with autocast:
+                    parts = self._loss(piece, seed=seed, row_offset=row_offset, **self.loss_options)
+                loss = parts["loss"]
+                # The share of a finite loss, and NaN for any other, whose gradients might be finite.
+                gradient = loss.detach() * 0 + share
+                if self.amp_dtype is torch.float16:
+                    gradient = gradient * self._scale
+                profiling.backward(loss, gradient=gradient)
+            for name, value in parts.items():
+                part = value.detach() if share == 1 else value.detach() * share
+                values[name] = part if index == 0 else values[name] + part
+            row_offset += len(piece)
+        return values, values["loss"].isfinite()
+
+    def _exchanging(self, last: bool) -> AbstractContextManager[None]:
+        """Gradients are averaged over the processes once a step, after the last micro-batch."""
+        if isinstance(self._loss, nn.parallel.DistributedDataParallel) and not last:
+            return self._loss.no_sync()
+        if self._sharded:
+            self.model.set_requires_gradient_sync(last)
+        return nullcontext()
+
+    def _update(self, norm: Tensor, accepted: Tensor) -> None:
+        """The optimizer's step with clipped, unscaled gradients, unless they are not finite."""
+        divisor = self._scale if self.amp_dtype is torch.float16 else None
+        if self.grad_clip is not None:
+            excess = torch.clamp(norm / self.grad_clip, min=1.0)
+            divisor = excess if divisor is None else excess * divisor
+        if self._skips_alone:
+            # What torch.amp.GradScaler tells the fused kernels, which divide and skip on the device.
+            self.optimizer.grad_scale, self.optimizer.found_inf = divisor, (~accepted).float()
+            try:
+                self.optimizer.step()
+            finally:
+                del self.optimizer.grad_scale, self.optimizer.found_inf
+        elif accepted:
+            if divisor is not None:
+                for parameter in self._parameters:
+                    if parameter.grad is not None:
+                        parameter.grad.div_(float(divisor))
+            self.optimizer.step()
+        if self.amp_dtype is torch.float16:
+            grown = self._growth + 1 == _GROWTH_INTERVAL
+            self._scale.mul_(torch.where(accepted, torch.where(grown, 2.0, 1.0), 0.5))
+            self._growth.copy_(torch.where(accepted & ~grown, self._growth + 1, 0))
+
+    def _account(self, values: dict[str, Tensor], rows: int, accepted: Tensor, finite: Tensor) -> None:
+        """Add to the sums that `means` reads, and remember the first failure."""
+        if self._sums is None:
+            self._names = list(values)
+            self._sums = torch.zeros(len(values) + 1, dtype=torch.float64, device=self.device)
+        # fp64: sums over a large set would otherwise lose the digits that are reported.
+        row = torch.stack([value.to(self.device, torch.float64) for value in values.values()] + [self._one()])
+        self._sums += torch.where(accepted, row, 0.0) * rows
+        self._taken += 1
+        # With a loss scale, gradients that overflow are part of the search for the scale.
+        fine = finite & (self._scale >= _SMALLEST_SCALE) if self.amp_dtype is torch.float16 else accepted
+        self._failed.copy_(torch.where(fine | (self._failed > 0), self._failed, self._taken))
+
+    def _one(self) -> Tensor:
+        return torch.ones((), dtype=torch.float64, device=self.device)
+
+    def failed(self) -> int:
+        """The first step, from 1, whose loss or gradients were NaN or infinite; 0 if none. Waits for the device.
+
+        Under float16, gradients that overflow are no failure, for the loss scale adapts, until it falls below 2^-14.
+
+        Example:
+            >>> model = nn.Linear(1, 1)
+            >>> model.loss = lambda x, seed, row_offset: {"loss": model(x).mean()}
+            >>> step = TrainStep(model, torch.optim.SGD(model.parameters(), lr=1.0, fused=True))
+            >>> _, _ = step(torch.ones(2, 1)), step(torch.full((2, 1), torch.inf))
+            >>> step.failed(), bool(model.weight.isfinite())
+            (2, True)
+        """
+        return int(self._failed)
+
+    def means(self) -> dict[str, float]:
+        """The parts of the loss, averaged over all images since the last call.
+
+        Those of all processes, which call it together. Steps that failed do not count; "images" is the number of images
+        that do. Waits for the device.
+
+        Raises:
+            ValueError: there was no step since the last call.
+        """
+        if self._sums is None:
+            raise ValueError("means: expected a step before it, got none")
+        sums = distributed.add_up(self._sums.clone()).tolist()
+        self._sums.zero_()
+        images = sums.pop()
+        named = zip(self._names, sums, strict=True)
+        return {**{name: total / images if images else math.nan for name, total in named}, "images": images}
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What continues the steps elsewhere, beside the states of model, average and optimizer: tensors and others."""
+        tensors = {"taken": self._taken, "failed": self._failed, "scale": self._scale, "growth": self._growth}
+        if self._sums is not None:
+            tensors["sums"] = self._sums
+        if self.ema is not None:
+            tensors["ema_updates"] = self.ema.updates
+        rest = {"names": self._names, "scheduler": None if self.scheduler is None else self.scheduler.state_dict()}
+        return tensors, rest
+
+    def load_state(self, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
+        """Take over what `state` gave. Before the first step."""
+        self._taken.copy_(tensors["taken"])
+        self._failed.copy_(tensors["failed"])
+        self._scale.copy_(tensors["scale"])
+        self._growth.copy_(tensors["growth"])
+        self._names = list(rest["names"])
+        self._sums = tensors["sums"].to(self.device) if "sums" in tensors else None
+        if self.ema is not None:
+            self.ema.updates.copy_(tensors["ema_updates"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(rest["scheduler"])
+
+
+def _full(tensor: Tensor) -> Tensor:
+    """A sharded model's norm is a DTensor."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -1,17 +1,11 @@
-"""Images from every source, and how they are held, shuffled, binarized and batched."""
+"""Images from every source."""
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from genfast.training import DeviceDataset, load_dataset
-from genfast.training.data import ImageBatches
-
-CPU = torch.device("cpu")
+from genfast.training import load_dataset
 
 
 @pytest.fixture(scope="module")
@@ -181,127 +175,6 @@ def test_other_errors_of_load_dataset(tmp_path):
         load_dataset(tmp_path)
     with pytest.raises(ValueError, match="image_size: expected a positive int, got 0"):
         load_dataset("digits", image_size=0)
-
-
-@given(count=st.integers(1, 300), seed=st.integers(-(2**63), 2**63 - 1), epoch=st.integers(0, 2**24 - 1))
-def test_permutation_covers_every_row_once(count, seed, epoch):
-    data = DeviceDataset(torch.zeros(count, 1, 1, dtype=torch.uint8))
-    assert torch.equal(data.permutation(seed, epoch).sort().values, torch.arange(count))
-
-
-def test_permutation_depends_on_seed_and_epoch():
-    data = DeviceDataset(torch.zeros(100, 1, 1, dtype=torch.uint8))
-    assert torch.equal(data.permutation(5, 1), data.permutation(5, 1))
-    different = [(5, 1), (5, 2), (6, 1), (5 + 2**32, 1)]
-    assert len({tuple(data.permutation(*key).tolist()) for key in different}) == len(different)
-
-
-def test_permutations_are_uniform():
-    data = DeviceDataset(torch.zeros(3, 1, 1, dtype=torch.uint8))
-    orders = [tuple(data.permutation(0, epoch).tolist()) for epoch in range(3000)]
-    counts = np.array([orders.count(order) for order in set(orders)])
-    assert len(counts) == 6
-    # Chi-square with 5 degrees of freedom, at 1e-4.
-    assert ((counts - 500) ** 2 / 500).sum() < 25.7
-
-
-@pytest.mark.parametrize("batch_size", [1, 7, 64, 1000])
-def test_batches_hold_each_image_once_in_an_order_of_their_own(batch_size):
-    images = torch.arange(200, dtype=torch.uint8).view(-1, 1, 1, 1)
-    batches = list(DeviceDataset(images).batches(batch_size, seed=3, epoch=2))
-    rows = torch.cat([rows for _, rows in batches])
-    assert torch.equal(rows, DeviceDataset(images).permutation(3, 2))
-    assert torch.equal(torch.cat([batch for batch, _ in batches]), images[rows])
-    assert all(len(batch) == batch_size for batch, _ in batches[:-1])
-
-
-def test_batches_without_shuffle_and_without_the_last():
-    images = torch.arange(10, dtype=torch.uint8).view(-1, 1, 1)
-    batches = [batch.flatten().tolist() for batch, _ in DeviceDataset(images).batches(4, seed=0, shuffle=False)]
-    assert batches == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
-    assert [len(batch) for batch, _ in DeviceDataset(images).batches(4, seed=0, drop_last=True)] == [4, 4]
-
-
-def test_threshold():
-    data = DeviceDataset(torch.tensor([[[0, 127, 128, 255]]], dtype=torch.uint8), binarize="threshold")
-    assert next(data.batches(1, seed=0))[0].flatten().tolist() == [0, 0, 255, 255]
-
-
-def dynamic(images, batch_size, seed=0, epoch=1):
-    data = DeviceDataset(images, binarize="dynamic")
-    return torch.cat([batch for batch, _ in data.batches(batch_size, seed=seed, epoch=epoch)])
-
-
-def test_dynamic_binarization_does_not_depend_on_the_batch_size(digits):
-    images = digits.test[:100]
-    whole = dynamic(images, 100)
-    assert whole.unique().tolist() == [0, 255]
-    for batch_size in (1, 7, 64):
-        assert torch.equal(dynamic(images, batch_size), whole)
-
-
-def test_dynamic_binarization_is_drawn_anew():
-    grey = torch.full((50, 1, 4, 4), 128, dtype=torch.uint8)
-    draws = [dynamic(grey, 50, seed, epoch) for seed, epoch in ((0, 1), (0, 2), (1, 1))]
-    assert not torch.equal(draws[0], draws[1])
-    assert not torch.equal(draws[0], draws[2])
-
-
-def test_dynamic_binarization_has_the_right_probabilities():
-    levels = torch.tensor([0, 1, 64, 128, 254, 255], dtype=torch.uint8)
-    shares = dynamic(levels.view(1, 1, 6).repeat(20000, 1, 1), 4096).double().div(255).mean((0, 1, 2))
-    p = levels.double() / 255
-    assert ((shares - p).abs() <= 5 * (p * (1 - p) / 20000).sqrt()).all()
-
-
-def test_device_dataset_says_what_it_expected():
-    with pytest.raises(TypeError, match=r"images: expected a uint8 tensor .*got torch\.float32"):
-        DeviceDataset(torch.zeros(1, 1, 2, 2))
-    with pytest.raises(ValueError, match=r"images: expected at least one, .*\[0, 1, 2, 2\]"):
-        DeviceDataset(torch.zeros(0, 1, 2, 2, dtype=torch.uint8))
-    with pytest.raises(ValueError, match=r"\[2, 2\]"):
-        DeviceDataset(torch.zeros(2, 2, dtype=torch.uint8))
-    with pytest.raises(ValueError, match="binarize: expected one of none, threshold, dynamic, got 'yes'"):
-        DeviceDataset(torch.zeros(1, 2, 2, dtype=torch.uint8), binarize="yes")
-    with pytest.raises(ValueError, match="batch_size: expected a positive int, got 0"):
-        next(DeviceDataset(torch.zeros(1, 2, 2, dtype=torch.uint8)).batches(0, seed=0))
-
-
-class Stream(IterableDataset):
-    def __iter__(self):
-        return iter(torch.arange(10.0).view(-1, 1))
-
-
-@pytest.mark.parametrize("train", [True, False])
-def test_every_kind_of_data_gives_every_image(train):
-    values = torch.arange(10, dtype=torch.uint8)
-    images, labels = values.view(-1, 1, 1, 1), torch.zeros(10)
-    dataset = TensorDataset(images, labels)
-    for data in (images, DeviceDataset(images), dataset, DataLoader(dataset, 5, shuffle=train), Stream()):
-        batches = [batch.flatten().tolist() for batch in ImageBatches(data, 5, CPU, train).epoch(seed=0, epoch=1)]
-        assert [len(batch) for batch in batches] == [5, 5]
-        order = [value for batch in batches for value in batch]
-        assert sorted(order) == list(range(10))
-        assert (order == list(range(10))) is (not train or isinstance(data, Stream))
-
-
-def test_a_smaller_last_batch_counts_in_tests_and_not_in_training():
-    images = torch.arange(10, dtype=torch.uint8).view(-1, 1, 1)
-    for data in (images, TensorDataset(images)):
-        for train, sizes in ((True, [4, 4]), (False, [4, 4, 2])):
-            batches = ImageBatches(data, 4, CPU, train)
-            assert [len(batch) for batch in batches.epoch(seed=0, epoch=1)] == sizes
-            assert len(batches) == len(sizes)
-        assert [len(batch) for batch in ImageBatches(data, 64, CPU, train=True).epoch(seed=0, epoch=1)] == [10]
-
-
-def test_image_batches_say_what_they_expected():
-    with pytest.raises(TypeError, match=r"data: expected a uint8 image tensor, .*got list"):
-        ImageBatches([1, 2], 4, CPU, train=True)
-    with pytest.raises(ValueError, match="data: the Dataset is empty"):
-        ImageBatches(TensorDataset(torch.zeros(0, 1)), 4, CPU, train=True)
-    with pytest.raises(TypeError, match=r"data: expected batches that are an image tensor .*got dict"):
-        next(ImageBatches(DataLoader([{"x": 1}]), 4, CPU, train=True).epoch(seed=0, epoch=1))
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "validation"])

@@ -1,0 +1,188 @@
+"""The folder of a run of `genfast train`: what it holds, whether it can be written, and how it changes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from genfast._files import replacing
+from genfast.training import Checkpoints, read
+
+__all__ = ["CHECKPOINTS", "TENSORBOARD", "RunFolder", "check_out", "make_folder", "read_settings"]
+
+CHECKPOINTS, TENSORBOARD = "checkpoints", "tensorboard"
+_FILES = (
+    "run.json", "config.json", "model.safetensors", "metrics.jsonl", "samples.png", "reconstructions.png",
+    "curves.png", "manifold.png", "interpolation.png", "evaluation.json", "samples-*.png",
+)  # fmt: skip
+# What a run that is being replaced has in folders, until the new one has saved a model.
+_ASIDE = {CHECKPOINTS: ".checkpoints-before", TENSORBOARD: ".tensorboard-before"}
+
+
+def check_out(out: Path | None, overwrite: bool, resume: bool) -> None:
+    """Raise unless `out` can be written and is free, or a run that may be replaced or resumed.
+
+    Raises:
+        ValueError: it is not; the message begins with ``--out``.
+
+    Example:
+        >>> check_out(Path("runs/vae-of-tomorrow"), overwrite=False, resume=False)
+    """
+    _check_writable(out or Path("runs"))
+    if resume and (out is None or "genfast" not in read_settings(out)):
+        got = "none" if out is None else f"{out}, which holds none"
+        raise ValueError(f"--resume: expected --out with the folder of a run, got {got}")
+    if out is None or not out.exists():
+        return
+    if not out.is_dir():
+        raise ValueError(f"--out: {out} is a file")
+    if not any(out.iterdir()):
+        return
+    if "genfast" not in read_settings(out):
+        raise ValueError(f"--out: {out} is not empty and not a run of genfast")
+    if not (overwrite or resume):
+        raise ValueError(f"--out: {out} holds a run; name another folder, or add --resume or --overwrite")
+
+
+def _check_writable(folder: Path) -> None:
+    """Raise unless a file can be made in `folder`, or in what there is of the way to it."""
+    try:
+        nearest = next(path for path in (folder, *folder.parents) if path.exists())
+        if nearest.is_dir():
+            tempfile.TemporaryFile(dir=nearest).close()
+        elif nearest != folder:
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    except OSError as error:
+        raise ValueError(f"--out: cannot write to {folder} ({error.strerror})") from error
+
+
+def make_folder(out: Path | None, name: str) -> Path:
+    """The run's folder: `out`, or a new one in runs/.
+
+    Raises:
+        ValueError: it cannot be made.
+
+    Example:
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> make_folder(folder, "vae-digits") == folder
+        True
+    """
+    try:
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            return out
+        for number in count(1):
+            folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
+            if not folder.exists():
+                folder.mkdir(parents=True)
+                return folder
+    except OSError as error:
+        raise ValueError(f"--out: cannot write to {error.filename} ({error.strerror})") from error
+    raise AssertionError("unreachable")
+
+
+def read_settings(run: Path) -> dict[str, Any]:
+    """What run.json holds; empty if there is none, or none of ours.
+
+    Example:
+        >>> read_settings(Path("nowhere"))
+        {}
+    """
+    try:
+        settings = json.loads((run / "run.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
+
+
+class RunFolder:
+    """The files of a run that change while it trains.
+
+    A run that the folder held, and that is to be replaced, stays whole until the first `save_model`.
+
+    Args:
+        folder: is there already.
+        settings: of the run, for ``run.json``.
+        resume: whether the run that the folder holds goes on.
+
+    Example:
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> RunFolder(folder, {"genfast": "1"}).write_settings("running")
+        >>> read_settings(folder)["status"]
+        'running'
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any], resume: bool = False) -> None:
+        self.folder, self.settings = folder, settings
+        self.checkpoints = folder / CHECKPOINTS
+        # An attempt to replace the run that was killed before it had anything of its own.
+        self.put_back()
+        self.old = [] if resume else [path for pattern in _FILES for path in folder.glob(pattern)]
+        for name, aside in () if resume else _ASIDE.items():
+            if (folder / name).is_dir():
+                (folder / name).rename(folder / aside)
+        self._copied: Path | None = None
+
+    def put_back(self) -> None:
+        """Give the replaced run its folders again, where the new one has written no checkpoint."""
+        replaced = bool(Checkpoints(self.checkpoints).steps())
+        for name, aside in _ASIDE.items():
+            if not (self.folder / aside).is_dir():
+                continue
+            shutil.rmtree(self.folder / (aside if replaced else name), ignore_errors=True)
+            if not replaced:
+                (self.folder / aside).rename(self.folder / name)
+
+    def write_settings(self, status: str) -> None:
+        """Write run.json, unless the run that is to be replaced is still there."""
+        if self.old:
+            return
+        with replacing(self.folder / "run.json") as temporary:
+            temporary.write_text(json.dumps({**self.settings, "status": status}, indent=2) + "\n")
+
+    def save_model(self, model: nn.Module) -> None:
+        """Write the model as it is."""
+        model.save_pretrained(self.folder)
+        self._replace_old()
+
+    def copy_model(self, ema: bool) -> None:
+        """Take the model out of the last checkpoint, if that is a new one."""
+        latest = Checkpoints(self.checkpoints).latest()
+        if latest is None or latest == self._copied:
+            return
+        for name, target in (("ema" if ema else "model") + ".safetensors", "model.safetensors"), ("config.json",) * 2:
+            with replacing(self.folder / target) as temporary:
+                shutil.copyfile(latest / name, temporary)
+        self._copied = latest
+        self._replace_old()
+
+    def history(self) -> list[dict[str, float]]:
+        """The rows of metrics.jsonl that belong to the last checkpoint: those of a run that goes on."""
+        latest = Checkpoints(self.checkpoints).latest()
+        return [] if latest is None else read(latest).state["history"]
+
+    def write_metrics(self, history: list[dict[str, float]]) -> None:
+        """Write metrics.jsonl: all rows so far."""
+        if self.old:
+            return
+        with replacing(self.folder / "metrics.jsonl") as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in history))
+
+    def _replace_old(self) -> None:
+        if not self.old:
+            return
+        for path in self.old:
+            if path.name not in ("config.json", "model.safetensors"):
+                path.unlink(missing_ok=True)
+        self.old = []
+        for aside in _ASIDE.values():
+            shutil.rmtree(self.folder / aside, ignore_errors=True)
+        self.write_settings("running")

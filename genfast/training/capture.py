@@ -1,0 +1,69 @@
+"""A step as one CUDA graph."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+import torch
+
+__all__ = ["Captured"]
+
+_T = TypeVar("_T")
+# Ordinary calls before the capture: libraries choose their algorithms, compilers compile, optimizers make their state.
+_WARM_UP = 3
+
+
+class Captured(Generic[_T]):
+    """A function of fixed device memory, recorded at its fourth call and replayed from then on.
+
+    Every call does the function's work once: the first three as they are, on the stream that will be captured. If it
+    cannot be captured, one warning says why and it goes on being called as it is.
+
+    Args:
+        function: reads and writes the same tensors at every call, and never waits for the device.
+        device: a CUDA device.
+    """
+
+    def __init__(self, function: Callable[[], _T], device: torch.device) -> None:
+        self.function = function
+        self.stream = torch.cuda.Stream(device)
+        self.calls = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.result: _T
+        self.failed = False
+
+    def __call__(self) -> _T:
+        """The function's result: from the capture on, the same tensors with new values."""
+        if self.graph is not None:
+            self.graph.replay()
+            return self.result
+        self.calls += 1
+        if self.calls > _WARM_UP and not self.failed and self._capture():
+            return self()
+        return self._call_on_stream()
+
+    def _call_on_stream(self) -> _T:
+        current = torch.cuda.current_stream(self.stream.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            result = self.function()
+        current.wait_stream(self.stream)
+        return result
+
+    def _capture(self) -> bool:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Of this thread alone: another one may be pinning and copying the next batches meanwhile.
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+                self.result = self.function()
+        except Exception as error:
+            # Whatever it is, the same call outside a capture has worked three times.
+            self.failed = True
+            torch.cuda.synchronize(self.stream.device)
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            warnings.warn(f"mode graph: the step cannot be captured ({reason}); steps run eagerly", stacklevel=4)
+            return False
+        self.graph = graph
+        return True

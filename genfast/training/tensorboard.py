@@ -1,0 +1,70 @@
+"""What TensorBoard shows of a run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Self
+
+from torch import Tensor, nn
+
+from genfast.training.distributed import is_sharded
+
+__all__ = ["Board"]
+
+_SAMPLES = 64
+_NOT_SHOWN = ("epoch",)
+
+
+class Board:
+    """Scalars and samples of a run, written for TensorBoard; nothing without a folder.
+
+    Args:
+        folder: of the event files; None for none.
+        steps: steps that are done: what an interrupted run wrote beyond them is left out.
+
+    Raises:
+        ImportError: the package tensorboard is not installed.
+
+    Example:
+        >>> with Board(None) as board:
+        ...     board.epoch(10, {"epoch": 1, "loss": 100.0}, nn.Identity())
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] | None, steps: int = 0) -> None:
+        self.writer = None
+        if folder is None:
+            return
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            message = "tensorboard: expected the package tensorboard, got none: pip install tensorboard"
+            raise ImportError(message) from error
+        self.writer = SummaryWriter(os.fspath(folder), purge_step=steps + 1 if steps else None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+    def step(self, steps: int, values: Mapping[str, Tensor]) -> None:
+        """The parts of one step's loss; waits for the device."""
+        if self.writer is not None:
+            for name, value in values.items():
+                self.writer.add_scalar(f"step/{name}", float(value), steps)
+
+    def epoch(self, steps: int, row: Mapping[str, float], model: nn.Module) -> None:
+        """A row of the history, and samples of a model that can draw some."""
+        if self.writer is None:
+            return
+        for name, value in row.items():
+            if name not in _NOT_SHOWN:
+                group = "test" if name.startswith("test_") else "epoch"
+                self.writer.add_scalar(f"{group}/{name.removeprefix('test_')}", value, steps)
+        # Rank 0 alone is here, and a sharded model needs all.
+        if hasattr(model, "sample") and not is_sharded(model):
+            # One seed for all epochs, so that the pictures show the model's change alone.
+            self.writer.add_images("samples", model.sample(_SAMPLES, seed=0).clamp(0, 1), steps)
+        self.writer.flush()
