@@ -36,6 +36,7 @@ app.add_typer(bench.app, name="bench")
 # Without --epochs: this many images in all, within these bounds.
 _IMAGES_SEEN = 250_000
 _EPOCHS = (10, 100)
+_BATCH_SIZE = 128
 
 
 def _seed(value: int) -> int:
@@ -73,7 +74,9 @@ def train(
         int | None,
         typer.Option(min=1, help=f"Default: about {_IMAGES_SEEN:,} images in all, {_EPOCHS[0]} to {_EPOCHS[1]}."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per step, of all processes together.")] = 128,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images per step, of all processes. Default: 128, or all if fewer.")
+    ] = None,
     micro_batches: Annotated[int, typer.Option(min=1, help="Split each batch; the gradients add up.")] = 1,
     lr: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 1e-3,
     lr_schedule: Annotated[str, typer.Option(help="constant; cosine or linear down to 0.")] = "constant",
@@ -168,6 +171,11 @@ def _train(options: SimpleNamespace, where: torch.device) -> None:
         splits = training.load_dataset(options.data, options.data_root, options.image_size)
     train_data = training.DeviceDataset(splits.train, where, options.binarize)
     test_data = training.DeviceDataset(splits.test, where, options.binarize)
+    shard = training.ranks()
+    if options.batch_size is None:
+        options.batch_size = min(_BATCH_SIZE, len(train_data) // shard[1] * shard[1])
+    # Here rather than in `fit`: before anything is written.
+    training.ImageBatches(train_data, options.batch_size, where, train=True, shard=shard)
     torch.manual_seed(options.seed)
     model = chosen.build(train_data.image_shape, **build_options).to(where)
     with torch.no_grad():

@@ -1,7 +1,7 @@
 """Training: images that stay on the device, the step, the loop, its checkpoints, and many processes."""
 
 from genfast.training.checkpoint import Checkpoint, Checkpoints, read
-from genfast.training.data import DeviceDataset, Feed
+from genfast.training.data import DeviceDataset, Feed, ImageBatches
 from genfast.training.datasets import DATASETS, Splits, load_dataset
 from genfast.training.distributed import from_first, launched, local_rank_first, ranks, shard
 from genfast.training.ema import EMA
@@ -17,6 +17,7 @@ __all__ = [
     "DeviceDataset",
     "Feed",
     "History",
+    "ImageBatches",
     "Interrupted",
     "Splits",
     "TrainStep",

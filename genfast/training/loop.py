@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import Any, Literal, get_args
 
@@ -162,51 +162,57 @@ def fit(
         raise ValueError(f"patience: expected {expected}, got {patience}")
     if resume and checkpoints is None:
         raise ValueError("resume: expected the folder of checkpoints with it, got checkpoints=None")
-    device = _device_of(model) if device is None else torch.device(device)
-    rank, _ = shard = distributed.ranks()
-    model.to(device)
-    if channels_last:
-        model.to(memory_format=torch.channels_last)
-    batches = ImageBatches(data, batch_size, device, train=True, shard=shard)
-    test_batches = None if test_data is None else ImageBatches(test_data, batch_size, device, train=False, shard=shard)
-    try:
-        steps_per_epoch = len(batches)
-    except TypeError:
-        steps_per_epoch = None
-    settings = {
-        "data": batches.describe(), "batch_size": batch_size, "lr_schedule": lr_schedule, "warmup_steps": warmup_steps,
-        "loss_options": dict(loss_options or {}), "grad_clip": grad_clip, "amp_dtype": str(amp_dtype),
-        "ema_decay": ema_decay,
-    }  # fmt: skip
-    if optimizer is None:
-        if not (lr > 0 and math.isfinite(lr)):
-            raise ValueError(f"lr: expected a positive number, got {lr}")
-        settings["lr"] = lr
-        optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=device.type in ("cpu", "cuda"))
-    saver = None
-    if checkpoints is not None:
-        saver = Saver(checkpoints, keep, settings, every=checkpoint_every)
-        saver.open(resume)
-        # A run without a seed is continued with the one that it drew.
-        seed = saver.seed(seed)
-    if seed is None:
-        seed = distributed.from_first(int(random.new_seed("cpu")))
-    scheduler = _scheduler(optimizer, lr_schedule, warmup_steps, epochs, steps_per_epoch)
-    step = TrainStep(
-        model, optimizer, mode=mode, compile=compile, micro_batches=micro_batches, grad_clip=grad_clip,
-        amp_dtype=amp_dtype, loss_options=loss_options, scheduler=scheduler, ema_decay=ema_decay,
-    )  # fmt: skip
-    if step.mode == "graph" and batches.dataset is not None:
-        step.source = batches.dataset.feed(batch_size, seed=seed, shard=shard)
-    run = _Run(step, batches, test_batches, seed, epochs, steps_per_epoch, saver)
-    run.time_limit, run.patience, run.log_every, run.on_epoch = time_limit, patience, log_every, on_epoch
-    if saver is not None:
-        saver.restore(step, run)
-    with (
-        _matmul_precision(matmul_precision),
-        Board(tensorboard if rank == 0 else None, run.steps) as run.board,
-        Progress(epochs, steps_per_epoch, progress and rank == 0) as run.shown,
-    ):
+    with ExitStack() as stack:
+        requests = StopRequests()
+        # Without checkpoints there is nothing to write before stopping: signals do what they always do.
+        if checkpoints is not None:
+            stack.enter_context(requests)
+        device = _device_of(model) if device is None else torch.device(device)
+        rank, _ = shard = distributed.ranks()
+        model.to(device)
+        if channels_last:
+            model.to(memory_format=torch.channels_last)
+        batches = ImageBatches(data, batch_size, device, train=True, shard=shard)
+        test_batches = None
+        if test_data is not None:
+            test_batches = ImageBatches(test_data, batch_size, device, train=False, shard=shard)
+        try:
+            steps_per_epoch = len(batches)
+        except TypeError:
+            steps_per_epoch = None
+        settings = {
+            "data": batches.describe(), "batch_size": batch_size, "lr_schedule": lr_schedule,
+            "warmup_steps": warmup_steps, "loss_options": dict(loss_options or {}), "grad_clip": grad_clip,
+            "amp_dtype": str(amp_dtype), "ema_decay": ema_decay,
+        }  # fmt: skip
+        if optimizer is None:
+            if not (lr > 0 and math.isfinite(lr)):
+                raise ValueError(f"lr: expected a positive number, got {lr}")
+            settings["lr"] = lr
+            optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=device.type in ("cpu", "cuda"))
+        saver = None
+        if checkpoints is not None:
+            saver = Saver(checkpoints, keep, settings, every=checkpoint_every)
+            saver.open(resume)
+            # A run without a seed is continued with the one that it drew.
+            seed = saver.seed(seed)
+        if seed is None:
+            seed = distributed.from_first(int(random.new_seed("cpu")))
+        scheduler = _scheduler(optimizer, lr_schedule, warmup_steps, epochs, steps_per_epoch)
+        step = TrainStep(
+            model, optimizer, mode=mode, compile=compile, micro_batches=micro_batches, grad_clip=grad_clip,
+            amp_dtype=amp_dtype, loss_options=loss_options, scheduler=scheduler, ema_decay=ema_decay,
+        )  # fmt: skip
+        if step.mode == "graph" and batches.dataset is not None:
+            step.source = batches.dataset.feed(batch_size, seed=seed, shard=shard)
+        run = _Run(step, batches, test_batches, seed, epochs, steps_per_epoch, saver)
+        run.time_limit, run.patience, run.log_every, run.on_epoch = time_limit, patience, log_every, on_epoch
+        run.requests = requests
+        if saver is not None:
+            saver.restore(step, run)
+        stack.enter_context(_matmul_precision(matmul_precision))
+        run.board = stack.enter_context(Board(tensorboard if rank == 0 else None, run.steps))
+        run.shown = stack.enter_context(Progress(epochs, steps_per_epoch, progress and rank == 0))
         try:
             run.train()
         finally:
@@ -226,6 +232,7 @@ class _Run:
 
     shown: Progress
     board: Board
+    requests: StopRequests
     time_limit: float | None
     patience: int | None
     log_every: int
@@ -242,16 +249,14 @@ class _Run:
         self.history = History()
         self.best, self.best_step, self.evaluations_since = math.inf, 0, 0
         self.started = self.epoch_started = time.perf_counter()
-        self.requests = StopRequests()
         self.next_look, self.looked, self.looked_at = 1, self.started, 0
 
     def train(self) -> None:
         # Without checkpoints there is nothing to write before stopping: signals do what they always do.
-        with self.requests if self.saver is not None else nullcontext():
-            while self.epoch <= self.epochs and not self._too_patient():
-                self._train_epoch()
-                if self.history.reason == "time":
-                    return
+        while self.epoch <= self.epochs and not self._too_patient():
+            self._train_epoch()
+            if self.history.reason == "time":
+                return
         if self.epoch <= self.epochs:
             self.history.reason = "early"
 

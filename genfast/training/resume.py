@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 import warnings
@@ -50,7 +51,7 @@ class Saver:
     Args:
         folder: of the checkpoints.
         keep: how many of the last ones are kept.
-        settings: what a resumed run must have in common with the one that wrote; JSON-able.
+        settings: what a resumed run must have in common with the one that wrote.
         every: steps between checkpoints; None leaves it to `due`.
     """
 
@@ -58,7 +59,8 @@ class Saver:
         self, folder: str | os.PathLike[str], keep: int, settings: Mapping[str, Any], every: int | None = None
     ) -> None:
         self.checkpoints = Checkpoints(folder, keep)
-        self.settings, self.every = dict(settings), every
+        # As they come back from a file.
+        self.settings, self.every = json.loads(json.dumps(settings, default=repr)), every
         self.rank, _ = distributed.ranks()
         self.loaded: Checkpoint | None = None
         self.saved_at, self.duration = time.perf_counter(), 0.0

@@ -23,9 +23,10 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopRequests:
-    """Notes the first SIGTERM or SIGINT inside the block; a second one does what it did before the block.
+    """Notes SIGTERM and SIGINT inside the block; a second SIGINT (Ctrl-C) does what it did before the block.
 
-    Signals reach the main thread alone: in any other one nothing is installed.
+    A second SIGTERM does no more than the first: torchrun passes on to its processes what a batch system has already
+    sent to all of them. Signals reach the main thread alone: in any other one nothing is installed.
 
     Example:
         >>> with StopRequests() as requests:
@@ -46,14 +47,15 @@ class StopRequests:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._restore()
+        for number in list(self._before):
+            self._restore(number)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
-        self._restore()
+        if number == signal.SIGINT:
+            self._restore(number)
 
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            # None stands for a handler that was not installed from Python, which Python cannot put back.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        self._before = {}
+    def _restore(self, number: int) -> None:
+        handler = self._before.pop(number)
+        # None stands for a handler that was not installed from Python, which Python cannot put back.
+        signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -253,19 +253,22 @@ def resumed(checkpoints):
 
 
 def terminated(folder):
-    """Runs until torchrun is told to stop: the last process tells it, at a step after the first epoch."""
-    rank, world = ranks()
+    """SIGTERM to all at a step of the second epoch, as batch systems send it; torchrun passes its own on to all."""
+    rank, _ = ranks()
     ours, handlers = socket.socketpair()
     handlers.setblocking(False)
     signal.set_wakeup_fd(handlers.fileno())
-    listen = folder / "signals"
 
     def tell():
-        if rank == world - 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+        ours.recv(1)
+        # Else torchrun's could come first.
+        dist.barrier()
+        if rank == 0:
             os.kill(os.getppid(), signal.SIGTERM)
-        # All have got it before the step goes on.
-        received = ours.recv(1)
-        Path(f"{listen}-{rank}").write_bytes(received)
+        # The step goes on when torchrun's has come.
+        ours.recv(1)
+        (folder / f"twice-{rank}").touch()
 
     train(counted(8, tell), epochs=10**6, checkpoints=folder / "checkpoints", checkpoint_every=4)
 

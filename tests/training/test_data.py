@@ -248,6 +248,8 @@ def test_to_keeps_binarize_and_the_wish(device):
         moved = data.to(device)
         assert (moved.device.type, moved.binarize, moved.resident) == (device, "dynamic", resident)
         assert same(moved.to("cpu").batches(3, seed=0), data.batches(3, seed=0))
+        # Stands for another device on every machine.
+        assert data.to("meta").resident is resident
 
 
 @pytest.mark.parametrize(
