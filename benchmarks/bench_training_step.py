@@ -1,4 +1,8 @@
-"""A training step of each model (forward, loss, backward, Adam): fused, and the same model with `fused=False`."""
+"""A training step of each model (forward, loss, backward, Adam): fused, and the same model with `fused=False`.
+
+The chains that end in "graph" hold the whole step in one CUDA graph, gather and optimizer included; for the others the
+batch is there already. A step's host time is that of one call with nothing queued before it.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +15,23 @@ import torch
 from genfast.cases import LOSS
 from genfast.models.base import Model
 from genfast.models.registry import FAMILIES
-from genfast.training import TrainStep, load_dataset
+from genfast.training import DeviceDataset, TrainStep, load_dataset
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# What each chain runs: fused or not, and the mode of torch.compile if any.
+# What each chain runs: fused or not, the mode of torch.compile if any, and the mode of `TrainStep`.
 STEPS = {
-    "eager": (False, None),
-    "fused": (True, None),
-    "compiled": (False, "default"),
-    "fused-compiled": (True, "default"),
-    "reduce-overhead": (False, "reduce-overhead"),
-    "fused-reduce-overhead": (True, "reduce-overhead"),
+    "eager": (False, None, "eager"),
+    "fused": (True, None, "eager"),
+    "compiled": (False, "default", "eager"),
+    "fused-compiled": (True, "default", "eager"),
+    "reduce-overhead": (False, "reduce-overhead", "eager"),
+    "fused-reduce-overhead": (True, "reduce-overhead", "eager"),
+    "graph": (False, None, "graph"),
+    "fused-graph": (True, None, "graph"),
+    "fused-compiled-graph": (True, "default", "graph"),
 }
-CHAINS = [name for name, (_, mode) in STEPS.items() if DEVICE.type == "cuda" or mode != "reduce-overhead"]
+_GPU_ALONE = ("reduce-overhead", "graph")
+CHAINS = [name for name in STEPS if DEVICE.type == "cuda" or not name.endswith(_GPU_ALONE)]
 BATCHES = {"cpu": (128,), "cuda": (128, 4096)}
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
 DTYPES = {"cpu": ("fp32",), "cuda": ("fp32", "bf16")}
@@ -61,20 +69,44 @@ def test_training_step(
     error = _error(family, preset, batch)
     if not error <= 1:
         pytest.fail(f"no time: the fused loss differs from the ordinary one by {error:.3g} times what is allowed")
-    fused, mode = STEPS[step]
+    fused, compile_mode, mode = STEPS[step]
     model, images = _model(family, preset, fused), _images(batch)
-    if mode is not None:
-        model.compile(mode=mode, dynamic=False)
+    if compile_mode is not None:
+        model.compile(mode=compile_mode, dynamic=False)
     cuda = DEVICE.type == "cuda"
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True, capturable=cuda)
-    train = TrainStep(model, optimizer, amp_dtype=AUTOCAST[dtype])
-
-    def call() -> None:
-        if mode == "reduce-overhead":
-            torch.compiler.cudagraph_mark_step_begin()
-        train(images)
-
+    train = TrainStep(model, optimizer, mode=mode, amp_dtype=AUTOCAST[dtype])
+    call = _from_feed(train, batch) if mode == "graph" else lambda: train(images)
+    if compile_mode == "reduce-overhead":
+        call = _marked(call)
     time_callable(
-        lambda: call, kind="step", capture=mode != "reduce-overhead", op="training step", case=f"{family} {preset}",
+        # What replays graphs of its own cannot be captured in another.
+        lambda: call, kind="step", capture=not step.endswith(_GPU_ALONE), op="training step", case=f"{family} {preset}",
         shape=(batch, 1, 28, 28), dtype=dtype, mode="", place="", chain=step, error=error if fused else None,
     )  # fmt: skip
+
+
+def _from_feed(train: TrainStep, batch: int) -> Callable[[], object]:
+    """Steps that take their batches themselves, epoch after epoch."""
+    data = DeviceDataset(_images(max(batch, len(load_dataset("digits").train))))
+    train.source = data.feed(batch, seed=0)
+    done = 0
+
+    def call() -> None:
+        nonlocal done
+        if done % train.source.steps == 0:
+            train.source.start(epoch=done // train.source.steps + 1)
+        done += 1
+        train()
+
+    return call
+
+
+def _marked(call: Callable[[], object]) -> Callable[[], object]:
+    """Without the mark each call of mode="reduce-overhead" would wait for the one before."""
+
+    def marked() -> None:
+        torch.compiler.cudagraph_mark_step_begin()
+        call()
+
+    return marked

@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
         if error.name is None or error.name.partition(".")[0] not in _EXTRA:
             raise
         return _fail(f"the command line needs {error.name}, of the [train] extra: pip install -e '.[train]'", 2)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         if os.environ.get("GENFAST_TRACEBACK"):
             raise
         return _fail(str(error), 2)

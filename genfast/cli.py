@@ -7,10 +7,12 @@ import math
 import platform
 import signal
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import torch
 import typer
@@ -22,6 +24,8 @@ from genfast._files import replacing
 from genfast.bench import cli as bench
 from genfast.models import registry
 from genfast.run import CHECKPOINTS, TENSORBOARD, RunFolder, check_out, make_folder, read_settings
+from genfast.training import loop
+from genfast.training.step import Mode
 
 __all__ = ["ClickException", "app"]
 
@@ -127,6 +131,10 @@ _NOT_TAKEN_OVER = {"device", "time", "out", "resume", "overwrite"}
 # Those that not every family has.
 _MODEL_OPTIONS = ("latent_dim", "preset", "likelihood", "fused", "beta", "free_bits")
 _AMP = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_CHOICES = {
+    "lr_schedule": get_args(loop.Schedule), "mode": get_args(Mode), "amp": tuple(filter(None, _AMP)),
+    "matmul_precision": get_args(loop.Precision),
+}  # fmt: skip
 
 
 def _take_over(options: SimpleNamespace, saved: dict[str, Any], given: set[str]) -> None:
@@ -157,10 +165,7 @@ def _train(options: SimpleNamespace, where: torch.device) -> None:
             raise ValueError(f"--{name.replace('_', '-')} is not an option of the family {options.family}")
     build_options = {name: value for name, value in set_here.items() if name in chosen.build_options}
     loss_options = {name: value for name, value in set_here.items() if name in chosen.loss_options}
-    if not (options.lr > 0 and math.isfinite(options.lr)):
-        raise ValueError(f"--lr: expected a positive number, got {options.lr}")
-    if options.amp not in _AMP:
-        raise ValueError(f"--amp: expected bf16 or fp16, got {options.amp}")
+    _check_values(options)
     if options.mode == "graph" and where.type != "cuda":
         raise ValueError(f"--mode: expected a CUDA device for graph, got {where}")
     if first and not options.resume:
@@ -202,16 +207,55 @@ def _train(options: SimpleNamespace, where: torch.device) -> None:
         run.copy_model(ema=options.ema_decay is not None)
         run.write_metrics(history)
 
-    status, code = "finished", 0
+    try:
+        if first:
+            if options.resume:
+                history += run.history()
+            run.write_settings("running")
+            parameters = sum(parameter.numel() for parameter in model.parameters())
+            images = f"{len(train_data):,} + {len(test_data):,} images"
+            processes = "" if training.ranks()[1] == 1 else f", {training.ranks()[1]} processes"
+            at = f"{parameters:,} parameters on {where}{processes}"
+            print(f"{options.family}: {at}; {splits.name}: {images}; {folder}", flush=True)
+        status, code = _fit(options, model, train_data, test_data, loss_options, folder, keep)
+        if first and all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
+            run.save_model(model)
+            run.write_metrics(history)
+            run.write_settings(status)
+    except KeyboardInterrupt:
+        # A second Ctrl-C: at once, with the model in the middle of a step.
+        if first:
+            run.give_up("interrupted")
+            print(f"interrupted: {folder}")
+        raise typer.Exit(128 + signal.SIGINT) from None
+    except FloatingPointError as error:
+        if not first:
+            raise
+        kept = _kept(run, options)
+        run.give_up("diverged")
+        raise FloatingPointError(f"{error}; {kept}") from error
+    except Exception:
+        if first:
+            # On a full disk this may fail too, and the first error is the one to tell.
+            with suppress(OSError):
+                run.give_up("failed")
+        raise
     if first:
-        if options.resume and run.history():
-            history += run.history()
-        run.write_settings("running")
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        images = f"{len(train_data):,} + {len(test_data):,} images"
-        processes = "" if training.ranks()[1] == 1 else f", {training.ranks()[1]} processes"
-        at = f"{parameters:,} parameters on {where}{processes}"
-        print(f"{options.family}: {at}; {splits.name}: {images}; {folder}", flush=True)
+        # Whoever sends SIGTERM does not wait for pictures.
+        if not run.old and code != 128 + signal.SIGTERM:
+            title = f"{options.family}, {Path(options.data).name}"
+            _write_pictures(model, test_data, folder, history, title=title, seed=options.seed)
+        print(f"{status}: {folder}")
+    if code:
+        raise typer.Exit(code)
+
+
+def _fit(
+    options: SimpleNamespace, model: torch.nn.Module, train_data: training.DeviceDataset,
+    test_data: training.DeviceDataset, loss_options: dict[str, Any], folder: Path,
+    on_epoch: Callable[[dict[str, float]], None],
+) -> tuple[str, int]:  # fmt: skip
+    """Train; the status of the run, and the exit code."""
     try:
         result = training.fit(
             model, train_data, test_data=test_data, epochs=options.epochs, batch_size=options.batch_size,
@@ -222,39 +266,34 @@ def _train(options: SimpleNamespace, where: torch.device) -> None:
             loss_options=loss_options, checkpoints=folder / CHECKPOINTS, resume=options.resume, keep=options.keep,
             checkpoint_every=options.checkpoint_every, time_limit=options.time, patience=options.patience,
             tensorboard=folder / TENSORBOARD if options.tensorboard else None, log_every=options.log_every,
-            on_epoch=keep,
+            on_epoch=on_epoch,
         )  # fmt: skip
-        status = {"early": "stopped early", "time": "out of time"}.get(result.reason, "finished")
-    except KeyboardInterrupt as error:
-        status, code = "interrupted", 128 + getattr(error, "signal", signal.SIGINT)
-    except FloatingPointError as error:
-        if not first:
-            raise
-        kept = f"the model after epoch {len(history)} is in {folder}" if history else "there is no model to keep"
-        if run.old:
-            kept = f"{folder} still holds the run that it held"
-            run.put_back()
-        run.write_settings("diverged")
-        raise FloatingPointError(f"{error}; {kept}") from error
-    if first:
-        _finish(run, model, test_data, history, options, status, code)
-    if code:
-        raise typer.Exit(code)
+    except training.Interrupted as error:
+        return "interrupted", 128 + error.signal
+    return {"early": "stopped early", "time": "out of time"}.get(result.reason, "finished"), 0
 
 
-def _finish(
-    run: RunFolder, model: torch.nn.Module, test_data: training.DeviceDataset, history: list[dict[str, float]],
-    options: SimpleNamespace, status: str, code: int,
-) -> None:  # fmt: skip
-    """The last state of a run's files, and its pictures; whoever sends SIGTERM does not wait for those."""
-    if all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
-        run.save_model(model)
-        run.write_metrics(history)
-    run.write_settings(status)
-    if not run.old and code != 128 + signal.SIGTERM:
-        title = f"{options.family}, {Path(options.data).name}"
-        _write_pictures(model, test_data, run.folder, history, title=title, seed=options.seed)
-    print(f"{status}: {run.folder}")
+def _kept(run: RunFolder, options: SimpleNamespace) -> str:
+    """Which model the folder of a run that diverged holds, in words."""
+    if run.old:
+        return f"{run.folder} still holds the run that it held"
+    if not run.copy_model(ema=options.ema_decay is not None):
+        return "there is no model to keep"
+    return f"its model is in {run.folder}"
+
+
+def _check_values(options: SimpleNamespace) -> None:
+    """Here rather than in `fit`: before anything is written."""
+    for name in ("lr", "grad_clip", "time"):
+        value = getattr(options, name)
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"--{name.replace('_', '-')}: expected a positive number, got {value}")
+    if options.ema_decay is not None and not 0 < options.ema_decay < 1:
+        raise ValueError(f"--ema-decay: expected a number between 0 and 1, got {options.ema_decay}")
+    for name, choices in _CHOICES.items():
+        if getattr(options, name) not in (None, *choices):
+            expected = f"expected one of {', '.join(choices)}, got {getattr(options, name)}"
+            raise ValueError(f"--{name.replace('_', '-')}: {expected}")
 
 
 @app.command()

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ _FILES = (
 )  # fmt: skip
 # What a run that is being replaced has in folders, until the new one has saved a model.
 _ASIDE = {CHECKPOINTS: ".checkpoints-before", TENSORBOARD: ".tensorboard-before"}
+# Where that goes to be deleted: half of it must not come back.
+_TRASH = "-deleted"
 
 
 def check_out(out: Path | None, overwrite: bool, resume: bool) -> None:
@@ -98,7 +101,7 @@ def read_settings(run: Path) -> dict[str, Any]:
     """
     try:
         settings = json.loads((run / "run.json").read_text())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
     return settings if isinstance(settings, dict) else {}
 
@@ -123,23 +126,38 @@ class RunFolder:
     def __init__(self, folder: Path, settings: dict[str, Any], resume: bool = False) -> None:
         self.folder, self.settings = folder, settings
         self.checkpoints = folder / CHECKPOINTS
-        # An attempt to replace the run that was killed before it had anything of its own.
+        # An attempt to replace the run that was killed before it had saved a model.
         self.put_back()
         self.old = [] if resume else [path for pattern in _FILES for path in folder.glob(pattern)]
-        for name, aside in () if resume else _ASIDE.items():
-            if (folder / name).is_dir():
-                (folder / name).rename(folder / aside)
+        for name, aside in _ASIDE.items() if self.old else ():
+            # Where there is none, an empty one: what then stands in its place is the new run's.
+            (folder / name).mkdir(exist_ok=True)
+            (folder / name).rename(folder / aside)
+        self._before = (folder / "run.json").read_bytes() if resume else None
         self._copied: Path | None = None
+        self._found = self._latest()
 
     def put_back(self) -> None:
-        """Give the replaced run its folders again, where the new one has written no checkpoint."""
-        replaced = bool(Checkpoints(self.checkpoints).steps())
+        """Give the run that was to be replaced its folders again, and forget what the new one wrote there."""
         for name, aside in _ASIDE.items():
+            shutil.rmtree(self.folder / (aside + _TRASH), ignore_errors=True)
             if not (self.folder / aside).is_dir():
                 continue
-            shutil.rmtree(self.folder / (aside if replaced else name), ignore_errors=True)
-            if not replaced:
-                (self.folder / aside).rename(self.folder / name)
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+            (self.folder / aside).rename(self.folder / name)
+            with suppress(OSError):
+                # Only if it is empty.
+                (self.folder / name).rmdir()
+
+    def give_up(self, status: str) -> None:
+        """After an error: leave what the folder held before, or `status` if this run has written a checkpoint."""
+        if self.old:
+            self.put_back()
+        elif self._before is not None and self._latest() == self._found:
+            with replacing(self.folder / "run.json") as temporary:
+                temporary.write_bytes(self._before)
+        else:
+            self.write_settings(status)
 
     def write_settings(self, status: str) -> None:
         """Write run.json, unless the run that is to be replaced is still there."""
@@ -153,20 +171,21 @@ class RunFolder:
         model.save_pretrained(self.folder)
         self._replace_old()
 
-    def copy_model(self, ema: bool) -> None:
-        """Take the model out of the last checkpoint, if that is a new one."""
-        latest = Checkpoints(self.checkpoints).latest()
+    def copy_model(self, ema: bool) -> bool:
+        """Take the model out of the last checkpoint, unless that has been done; False if there is none."""
+        latest = self._latest()
         if latest is None or latest == self._copied:
-            return
+            return latest is not None
         for name, target in (("ema" if ema else "model") + ".safetensors", "model.safetensors"), ("config.json",) * 2:
             with replacing(self.folder / target) as temporary:
                 shutil.copyfile(latest / name, temporary)
         self._copied = latest
         self._replace_old()
+        return True
 
     def history(self) -> list[dict[str, float]]:
         """The rows of metrics.jsonl that belong to the last checkpoint: those of a run that goes on."""
-        latest = Checkpoints(self.checkpoints).latest()
+        latest = self._latest()
         return [] if latest is None else read(latest).state["history"]
 
     def write_metrics(self, history: list[dict[str, float]]) -> None:
@@ -176,13 +195,18 @@ class RunFolder:
         with replacing(self.folder / "metrics.jsonl") as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in history))
 
+    def _latest(self) -> Path | None:
+        return Checkpoints(self.checkpoints).latest()
+
     def _replace_old(self) -> None:
         if not self.old:
             return
-        for path in self.old:
-            if path.name not in ("config.json", "model.safetensors"):
-                path.unlink(missing_ok=True)
-        self.old = []
+        old, self.old = self.old, []
         for aside in _ASIDE.values():
-            shutil.rmtree(self.folder / aside, ignore_errors=True)
+            (self.folder / aside).rename(self.folder / (aside + _TRASH))
         self.write_settings("running")
+        for path in old:
+            if path.name not in ("run.json", "config.json", "model.safetensors"):
+                path.unlink(missing_ok=True)
+        for aside in _ASIDE.values():
+            shutil.rmtree(self.folder / (aside + _TRASH), ignore_errors=True)

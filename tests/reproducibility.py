@@ -1,15 +1,16 @@
 """Measures what docs/reproducibility.md says: `python -m tests.reproducibility --page docs/reproducibility.md`.
 
-Each row runs one thing in two ways, once with genfast and once as a careful script does it with torch alone: the same
-VAE and losses, its noise from torch.randn. The figure is the largest difference between the two ways.
+Each row runs one thing in two ways, with genfast and then as a careful script does it with torch: the same VAE and
+loss, its noise from torch.randn. The figure is the largest difference between the two ways.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import faulthandler
 import itertools
-import math
+import os
 import platform
 import re
 import subprocess
@@ -35,9 +36,13 @@ from genfast.training.distributed import add_up, data_parallel
 
 ROOT = Path(__file__).parents[1]
 START, END = "<!-- reproducibility: start -->\n", "<!-- reproducibility: end -->"
-HEAD = ("how it runs", "what differs", "genfast", "torch", "torch, helped")
+HEAD = ("run", "figure", "genfast", "torch", "torch, another way")
+WITH = " with "
 NOT_MEASURED = "not measured: needs a GPU"
 EXACT = "0, bit for bit"
+
+# A process that hangs shows where, and ends.
+PATIENCE = 300
 
 SEED = 3
 SHOWN, TRAINED = 64, 1280
@@ -69,7 +74,7 @@ IMAGES = Kind("images", "", _REFERENCE.rtol + _REFERENCE.atol)
 IMAGES_ON_GPU = Kind("images", "", _ON_GPU.rtol + _ON_GPU.atol)
 NOISE = Kind("noise", "", _REFERENCE.atol)
 LOSSES = Kind("losses", " nats", cases.LOSS.rtol)
-GRADIENTS = Kind("gradients", "", cases.LOSS.rtol)
+GRADIENTS = Kind("gradients, relative", "", cases.LOSS.rtol)
 WEIGHTS = Kind("weights", "", 0.0)
 REPEATED = Kind("repeated images", f" of {SHOWN}", 0.0)
 ORDER = Kind("batches of other images", f" of {TRAINED // BATCH}", 0.0)
@@ -77,13 +82,14 @@ ORDER = Kind("batches of other images", f" of {TRAINED // BATCH}", 0.0)
 
 @dataclass(frozen=True)
 class Figure:
-    """The largest difference; `relative` to the size of what is compared, where that is no number around 1."""
+    """The largest difference between two runs; `relative` to the size of what is compared, if that may be any."""
 
     value: float
     relative: float | None = None
 
     @property
     def compared(self) -> float:
+        """What `Kind.bound` is about."""
         return self.value if self.relative is None else self.relative
 
 
@@ -95,7 +101,7 @@ class Row:
         case: the two ways.
         kind: what is compared.
         genfast, torch: None where this machine cannot run it.
-        helped: what to do to help torch, and the figure then.
+        other: what torch can be told to do instead, and the figure then.
         exact: genfast's difference is zero by construction.
     """
 
@@ -103,7 +109,7 @@ class Row:
     kind: Kind
     genfast: Figure | None = None
     torch: Figure | None = None
-    helped: tuple[str, Figure | None] | None = None
+    other: tuple[str, Figure | None] | None = None
     exact: bool = False
 
 
@@ -141,10 +147,9 @@ def _batch_sizes(weights: dict[str, Tensor], images: Tensor) -> Iterator[Row]:
         torch.manual_seed(SEED)
         return torch.cat([torch.randn(size, LATENT) for _ in range(0, SHOWN, size)])
 
-    def torch_samples(size: int) -> Tensor:
-        torch.manual_seed(SEED)
+    def torch_samples(noise: Tensor, size: int) -> Tensor:
         with torch.no_grad():
-            return torch.cat([theirs.decode(torch.randn(size, LATENT)) for _ in range(0, SHOWN, size)])
+            return torch.cat([theirs.decode(codes) for codes in noise.split(size)])
 
     def loss(size: int) -> list[float]:
         return [evaluate(ours, DeviceDataset(shown), batch_size=size, seed=SEED)["loss"]]
@@ -155,15 +160,19 @@ def _batch_sizes(weights: dict[str, Tensor], images: Tensor) -> Iterator[Row]:
             parts = [float(theirs.loss(piece)["loss"]) for piece in shown.split(size)]
         return [sum(parts) / len(parts)]
 
+    at_once = torch_noise(SHOWN)
+    torch_shown = torch_samples(at_once, SHOWN)
+    how = "`randn` for all, sliced"
     for size in (8, 1):
-        case = f"{SHOWN} images in batches of {size}, not at once"
+        case = f"batches of {size}, not {SHOWN}"
+        apart = torch_noise(size)
         yield Row(
-            case, NOISE, _furthest(noise(size), noise(SHOWN)), _furthest(torch_noise(size), torch_noise(SHOWN)),
-            exact=True,
-        )  # fmt: skip
+            case, NOISE, _furthest(noise(size), noise(SHOWN)), _furthest(apart, at_once), exact=True
+        )
         yield Row(
             case, IMAGES, _furthest(samples(size), samples(SHOWN)),
-            _furthest(torch_samples(size), torch_samples(SHOWN)),
+            _furthest(torch_samples(apart, size), torch_shown),
+            (how, _furthest(torch_samples(at_once, size), torch_shown)),
         )  # fmt: skip
         yield Row(case, LOSSES, _losses(loss(size), loss(SHOWN)), _losses(torch_loss(size), torch_loss(SHOWN)))
 
@@ -178,10 +187,10 @@ def _many_ranks(weights: dict[str, Tensor], images: Tensor) -> Iterator[Row]:
                     sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}",
                     "-m", "tests.reproducibility", "--ranks", folder,
                 ],
-                cwd=ROOT, check=True, capture_output=True,
+                cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True,
             )  # fmt: skip
             many = torch.load(Path(folder, f"{world}.pt"))
-            case, other = f"{world} ranks, not one process", "`manual_seed(seed + rank)`"
+            case, how = f"{world} ranks, not 1", "`manual_seed(seed + rank)`"
 
             def compared(kind: Kind, way: str, many: dict[str, Any] = many) -> Figure:
                 if kind is IMAGES:
@@ -193,13 +202,13 @@ def _many_ranks(weights: dict[str, Tensor], images: Tensor) -> Iterator[Row]:
 
             for kind in (IMAGES, REPEATED, LOSSES):
                 figures = (compared(kind, way) for way in ("genfast", "one seed", "seed + rank"))
-                ours, theirs, helped = figures
-                yield Row(case, kind, ours, theirs, (other, helped), exact=kind is REPEATED)
-            sampler = "`DistributedSampler` in one process too"
+                ours, theirs, other = figures
+                yield Row(case, kind, ours, theirs, (how, other), exact=kind is REPEATED)
+            how = "`DistributedSampler` on 1 as well"
             yield Row(
                 case, ORDER, _other_batches(_our_batches(images, world), _our_batches(images, 1)),
                 _other_batches(_sampler_batches(world), _shuffled_batches()),
-                (sampler, _other_batches(_sampler_batches(world), _sampler_batches(1))), exact=True,
+                (how, _other_batches(_sampler_batches(world), _sampler_batches(1))), exact=True,
             )  # fmt: skip
 
 
@@ -277,8 +286,8 @@ def _micro_batches(weights: dict[str, Tensor], images: Tensor) -> Iterator[Row]:
 
     whole, torch_whole = gradients(1), torch_gradients(1)
     whole_losses, torch_whole_losses = losses(1), torch_losses(1)
-    for pieces, sizes in ((4, "4 micro-batches of 32"), (5, "5 micro-batches of 25 or 26")):
-        case = f"{sizes}, not one of {size}"
+    for pieces, sizes in ((4, "4 x 32 rows"), (5, "5 x 25 or 26 rows")):
+        case = f"{sizes}, not 1 x {size}"
         ours, theirs = _gradients(gradients(pieces), whole), _gradients(torch_gradients(pieces), torch_whole)
         yield Row(case, GRADIENTS, ours, theirs)
         ours, theirs = _losses(losses(pieces), whole_losses), _losses(torch_losses(pieces), torch_whole_losses)
@@ -290,7 +299,7 @@ class _Killed(Exception):
 
 
 def _resumed(weights: dict[str, Tensor], images: Tensor) -> Iterator[Row]:
-    case = "a resume in mid-epoch, not an uninterrupted run"
+    case = "resumed in mid-epoch, not in one go"
     whole_losses, whole = _our_training(weights, images)
     with tempfile.TemporaryDirectory() as folder:
         dying, calls = _model(weights), itertools.count(1)
@@ -309,20 +318,20 @@ def _resumed(weights: dict[str, Tensor], images: Tensor) -> Iterator[Row]:
 
     torch_whole_losses, torch_whole, saved = _torch_training(weights, images, save_at=SAVED_AT)
     usual_losses, usual, _ = _torch_training(weights, images, saved=saved | {"random": None})
-    helped_losses, helped, _ = _torch_training(weights, images, saved=saved)
-    how = "`get_rng_state()` saved too"
+    other_losses, other, _ = _torch_training(weights, images, saved=saved)
+    how = "`get_rng_state()` saved"
     yield Row(
         case, LOSSES, _losses(losses, whole_losses), _losses(_means(usual_losses), _means(torch_whole_losses)),
-        (how, _losses(_means(helped_losses), _means(torch_whole_losses))), exact=True,
+        (how, _losses(_means(other_losses), _means(torch_whole_losses))), exact=True,
     )  # fmt: skip
     yield Row(
         case, WEIGHTS, _furthest(_flat(resumed), _flat(whole)), _furthest(_flat(usual), _flat(torch_whole)),
-        (how, _furthest(_flat(helped), _flat(torch_whole))), exact=True,
+        (how, _furthest(_flat(other), _flat(torch_whole))), exact=True,
     )  # fmt: skip
 
 
 def _compiled(weights: dict[str, Tensor], images: Tensor) -> Iterator[Row]:
-    case, how = "compiled (Inductor, CPU), not eager", "`inductor.config.fallback_random`"
+    case, how = "compiled (Inductor, CPU), not eager", "`fallback_random`"
     zeros = torch.zeros(SHOWN, LATENT)
 
     def noise(zeros: Tensor) -> Tensor:
@@ -343,21 +352,21 @@ def _compiled(weights: dict[str, Tensor], images: Tensor) -> Iterator[Row]:
     usual = seeded(torch.compile(draw))
     torch._dynamo.reset()
     with torch._inductor.config.patch(fallback_random=True):
-        helped_losses = _means(_torch_training(weights, images, compiled=True)[0])
-        helped = seeded(torch.compile(draw))
+        other_losses = _means(_torch_training(weights, images, compiled=True)[0])
+        other = seeded(torch.compile(draw))
     torch._dynamo.reset()
     yield Row(
         case, NOISE, _furthest(torch.compile(noise)(zeros), noise(zeros)), _furthest(usual, torch_eager),
-        (how, _furthest(helped, torch_eager)),
+        (how, _furthest(other, torch_eager)),
     )  # fmt: skip
     yield Row(
         case, LOSSES, _losses(compiled, eager), _losses(usual_losses, torch_eager_losses),
-        (how, _losses(helped_losses, torch_eager_losses)),
+        (how, _losses(other_losses, torch_eager_losses)),
     )  # fmt: skip
 
 
 def _graph(weights: dict[str, Tensor], images: Tensor) -> Iterator[Row]:
-    case = "one CUDA graph per step, not eager"
+    case = "one CUDA graph, not eager"
     if not torch.cuda.is_available():
         yield Row(case, LOSSES)
         return
@@ -390,22 +399,22 @@ def _torch_on_gpu(weights: dict[str, Tensor], images: Tensor, graph: bool) -> li
 
 
 def _on_gpu(weights: dict[str, Tensor], images: Tensor) -> Iterator[Row]:
-    case, how = "on a GPU, not on the CPU", "`torch.randn(...).to(device)`"
+    case, how = "on a GPU, not on a CPU", "`randn` on the CPU"
     if not torch.cuda.is_available():
-        yield Row(case, IMAGES_ON_GPU, helped=(how, None))
+        yield Row(case, IMAGES_ON_GPU, other=(how, None))
         yield Row(case, LOSSES)
         return
-    ours, theirs, helped, losses, torch_losses = [], [], [], [], []
+    ours, theirs, other, losses, torch_losses = [], [], [], [], []
     for device in ("cuda", "cpu"):
         ours.append(_model(weights).to(device).sample(SHOWN, seed=SEED).cpu())
         decode = _model(weights, fused=False).to(device).decode
         torch.manual_seed(SEED)
         theirs.append(decode(torch.randn(SHOWN, LATENT, device=device)).detach().cpu())
         torch.manual_seed(SEED)
-        helped.append(decode(torch.randn(SHOWN, LATENT).to(device)).detach().cpu())
+        other.append(decode(torch.randn(SHOWN, LATENT).to(device)).detach().cpu())
         losses.append(_our_training(weights, images, device=device)[0])
         torch_losses.append(_means(_torch_training(weights, images, device=device)[0]))
-    yield Row(case, IMAGES_ON_GPU, _furthest(*ours), _furthest(*theirs), (how, _furthest(*helped)))
+    yield Row(case, IMAGES_ON_GPU, _furthest(*ours), _furthest(*theirs), (how, _furthest(*other)))
     yield Row(case, LOSSES, _losses(*losses), _losses(*torch_losses))
 
 
@@ -457,7 +466,8 @@ def _torch_training(
     losses, checkpoint = [], None
     if saved is not None:
         model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+        # It takes the tensors as its own.
+        optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
         losses = list(saved["losses"])
     done = len(losses)
     for epoch in range(done // len(loader), EPOCHS):
@@ -509,10 +519,8 @@ def _losses(some: list[float], others: list[float]) -> Figure:
 
 def _gradients(some: list[Tensor], others: list[Tensor]) -> Figure:
     """The length of the difference beside that of the gradient."""
-    pairs = list(zip(some, others, strict=True))
-    size = math.sqrt(sum(other.double().square().sum().item() for _, other in pairs))
-    difference = math.sqrt(sum((one - other).double().square().sum().item() for one, other in pairs))
-    return Figure(max((one - other).abs().max().item() for one, other in pairs), difference / size)
+    one, other = (torch.cat([grad.double().flatten() for grad in grads]) for grads in (some, others))
+    return Figure(((one - other).norm() / other.norm()).item())
 
 
 def markdown(rows: list[Row]) -> str:
@@ -523,16 +531,20 @@ def markdown(rows: list[Row]) -> str:
     on += [f"torch {torch.__version__}", f"Python {platform.python_version()}"]
     lines = [f"| {' | '.join(HEAD)} |", "|---" * len(HEAD) + "|"]
     for row in rows:
-        how, helped = row.helped or ("", None)
-        cells = [_text(row, row.genfast), _text(row, row.torch), f"{_text(row, helped)}; {how}" if how else ""]
+        how, other = row.other or ("", None)
+        cells = [_text(row, row.genfast), _text(row, row.torch), f"{_text(row, other)}{WITH}{how}" if how else "-"]
         lines.append(f"| {row.case} | {row.kind.name} | {' | '.join(cells)} |")
-    return f"Measured on: {', '.join(on)}.\n\n" + "\n".join(lines) + "\n"
+    rounding = (
+        f"Rounding: up to {NOISE.bound:.1g} of noise, {IMAGES.bound:.1g} of a pixel ({IMAGES_ON_GPU.bound:.1g} against "
+        f"a GPU), {LOSSES.bound:.1g} of the size of a loss or gradient."
+    )
+    return "\n".join([f"Measured on: {', '.join(on)}.", rounding, "", *lines, ""])
 
 
 def _text(row: Row, figure: Figure | None) -> str:
     if figure is None:
         return NOT_MEASURED
-    if figure.value == 0 and row.exact:
+    if figure.value == 0 and row.exact and not row.kind.unit.startswith(" of"):
         return EXACT
     relative = "" if figure.relative is None else f" ({figure.relative:.2g})"
     return f"{figure.value:.2g}{row.kind.unit}{relative}"
@@ -548,8 +560,8 @@ def read(page: str) -> dict[tuple[str, str], list[str]]:
 
 def compared(cell: str) -> float:
     """What `Figure.compared` was when the cell was written."""
-    found = re.search(r"\(([^)]*)\)", cell.partition(";")[0])
-    return float(found.group(1) if found else re.match(r"[^ ,;]*", cell).group())
+    found = re.search(r"\((.*)\)", cell.partition(WITH)[0])
+    return float(found.group(1) if found else re.match(r"[^ ,]*", cell).group())
 
 
 def main() -> None:
@@ -558,6 +570,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.ranks is not None:
+        faulthandler.dump_traceback_later(PATIENCE, exit=True)
         with launched("cpu"):
             result = _on_these_ranks(*torch.load(options.ranks / "input.pt"))
             rank, world = ranks()

@@ -54,6 +54,9 @@ class Captured(Generic[_T]):
 
     def _capture(self) -> bool:
         graph = torch.cuda.CUDAGraph()
+        current = torch.cuda.current_stream(self.stream.device)
+        generator = torch.cuda.default_generators[self.stream.device.index]
+        generator_state = generator.clone_state()
         try:
             # Of this thread alone: another one may be pinning and copying the next batches meanwhile.
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
@@ -61,9 +64,20 @@ class Captured(Generic[_T]):
         except Exception as error:
             # Whatever it is, the same call outside a capture has worked three times.
             self.failed = True
+            # Up to torch 2.11 a capture that fails stays the current stream's and the generator's.
+            torch.cuda.set_stream(current)
+            generator.graphsafe_set_state(generator_state)
             torch.cuda.synchronize(self.stream.device)
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = _reason(error)
             warnings.warn(f"mode graph: the step cannot be captured ({reason}); steps run eagerly", stacklevel=4)
             return False
         self.graph = graph
         return True
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of the first error: ending a capture that has failed raises another one."""
+    while error.__context__ is not None:
+        error = error.__context__
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -13,8 +13,8 @@ __all__ = ["EMA"]
 class EMA:
     """Exponential moving average of the parameters; buffers are taken over as they are.
 
-    After update n the average moves by ``1 - min(decay, (1 + n) / (10 + n))`` of the way to the weights, so that the
-    initial weights are soon forgotten. All of it is done on the device, and can be held by a CUDA graph.
+    After n updates the next one moves the average ``1 - min(decay, (1 + n) / (10 + n))`` of the way to the weights, so
+    that the initial weights are soon forgotten. All of it is done on the device, and can be held by a CUDA graph.
 
     Args:
         model: what is averaged. `module` is a copy of it in eval mode.
@@ -32,7 +32,7 @@ class EMA:
         >>> for _ in range(3):
         ...     ema.update()
         >>> [round(float(weight), 3) for weight in ema.module.parameters()]
-        [0.989]
+        [0.995]
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

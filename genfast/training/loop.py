@@ -252,7 +252,6 @@ class _Run:
         self.next_look, self.looked, self.looked_at = 1, self.started, 0
 
     def train(self) -> None:
-        # Without checkpoints there is nothing to write before stopping: signals do what they always do.
         while self.epoch <= self.epochs and not self._too_patient():
             self._train_epoch()
             if self.history.reason == "time":
@@ -273,7 +272,8 @@ class _Run:
             self.shown.step(values, images * self.world)
             if self.steps % self.log_every == 0:
                 self.board.step(self.steps, values)
-            if self._must_look() and self._look():
+            # After the last batch that is for the end of the epoch, where its row is made.
+            if self.batch != self.steps_per_epoch and self._must_look() and self._look():
                 # Saved first: a resumed run goes on within this epoch, without the row of its part.
                 self._save()
                 self._end_epoch(whole=False)

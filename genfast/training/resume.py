@@ -83,7 +83,7 @@ class Saver:
                 f"{latest.name}; resume that run, or name another folder"
             )
         loaded = read(latest)
-        version = loaded.state["genfast"]
+        version = loaded.state.get("genfast")
         if version != genfast.__version__:
             raise ValueError(
                 f"resume: expected a checkpoint of genfast {genfast.__version__}, got {latest} of genfast {version}: "
@@ -122,7 +122,13 @@ class Saver:
         if self.loaded is None:
             return
         path, _, state, tensors = self.loaded
-        if distributed.is_sharded(step.model):
+        kinds = {True: "sharded", False: "whole"}
+        sharded, there = distributed.is_sharded(step.model), (path / _SHARDS).is_dir()
+        if sharded != there:
+            raise ValueError(
+                f"resume: expected a checkpoint of a {kinds[sharded]} model, got {path} of a {kinds[there]} one"
+            )
+        if sharded:
             self._read_shards(step)
         else:
             _check_model(path, state["model"], step.model, tensors["model"])
@@ -169,6 +175,8 @@ class Saver:
             self.checkpoints.save(run.steps, state, tensors, texts)
         if self.rank == 0:
             self.checkpoints.prune(protect={run.best_step} if run.patience is not None else ())
+        # A process that ended before would have torchrun end the one that writes.
+        distributed.from_first(None)
         self.saved_at, self.saved_step = time.perf_counter(), run.steps
         self.duration = self.saved_at - started
 
@@ -185,14 +193,10 @@ class Saver:
             dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=shards)
             if self.rank == 0:
                 self.checkpoints.fill(folder, steps, state, tensors)
-        # The others go on once the folder has its name.
-        distributed.from_first(None)
 
     def _read_shards(self, step: TrainStep) -> None:
         from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-        if not (self.loaded.path / _SHARDS).is_dir():
-            raise ValueError(f"resume: expected a checkpoint of a sharded model, got {self.loaded.path} of a whole one")
         model, optimizer = get_state_dict(step.model, step.optimizer)
         dcp.load({"model": model, "optimizer": optimizer}, checkpoint_id=self.loaded.path / _SHARDS)
         set_state_dict(step.model, step.optimizer, model_state_dict=model, optim_state_dict=optimizer)
@@ -211,7 +215,7 @@ def _check_model(path: Path, name: str, model: nn.Module, tensors: Mapping[str, 
     there, here = described(tensors), described(model.state_dict())
     different = [
         f"{key} {there.get(key, 'absent')} there, {here.get(key, 'absent')} here"
-        for key in {**there, **here}
+        for key in {**here, **there}
         if there.get(key) != here.get(key)
     ]
     if different:

@@ -103,7 +103,10 @@ class TrainStep:
         self._sharded = distributed.is_sharded(model)
         if self._sharded and ema_decay is not None:
             raise ValueError(f"ema_decay: expected None for a model that is sharded, got {ema_decay}")
-        self._skips_alone = getattr(optimizer, "_step_supports_amp_scaling", False) and not self._sharded
+        fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+        # With dampening a first step differs from the others, also where those before it were skipped.
+        dampened = any(group.get("dampening") for group in optimizer.param_groups)
+        self._skips_alone = fused and not dampened and not self._sharded
         self.mode = self._choose(mode)
 
         self._loss = self._loss_of(model, compile or mode == "compile")
@@ -137,6 +140,8 @@ class TrainStep:
             group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=self.device)
             if "capturable" in group:
                 group["capturable"] = True
+        # Torch would warn that the steps before the capture are not captured.
+        self.optimizer._warned_capturable_if_run_uncaptured = True
         return "graph"
 
     def _obstacle(self) -> str | None:
@@ -144,7 +149,7 @@ class TrainStep:
             return "the gradients are exchanged with other processes"
         if not self._skips_alone or not all(group.get("fused") for group in self.optimizer.param_groups):
             name = type(self.optimizer).__name__
-            return f"the optimizer, {name}, is not a fused one (Adam, AdamW or SGD with fused=True)"
+            return f"the optimizer, {name}, is not a fused one (Adam, AdamW or SGD with fused=True, no dampening)"
         return None
 
     def _loss_of(self, model: nn.Module, compiled: bool) -> Callable[..., dict[str, Tensor]]:
@@ -184,7 +189,8 @@ class TrainStep:
                 raise ValueError(f"batch: expected at least one row, got shape {list(batch.shape)}")
             # A tensor, because a compiled loss would be specialised to each int.
             seed = random.as_seed(seed, batch.device)
-            if self.mode == "graph" and self._fits(batch, seed, row_offset):
+            # There is one graph: that of the source, if there is one.
+            if self.mode == "graph" and self.source is None and self._fits(batch, seed, row_offset):
                 values = self._replay(lambda: self._advance(*self._fixed))
             else:
                 values = self._advance(batch, seed, row_offset)
@@ -222,8 +228,9 @@ class TrainStep:
         with torch.no_grad(), profiling.range("optimizer"):
             grads = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
             norm = _full(nn.utils.get_total_norm(grads)).float() / self._scale
-            # A loss that is not finite has made all gradients NaN, those of the other processes too.
-            accepted = norm.isfinite()
+            # A loss that is not finite has made the gradients NaN, those of the other processes too, unless the
+            # model's backward masks them: then this process alone knows.
+            accepted = norm.isfinite() & finite if distributed.ranks()[1] == 1 else norm.isfinite()
             self._update(norm, accepted)
             for buffer, before in zip(self._buffers, buffers, strict=True):
                 buffer.copy_(torch.where(accepted, buffer, before))
@@ -277,15 +284,21 @@ class TrainStep:
         if self._skips_alone:
             # What torch.amp.GradScaler tells the fused kernels, which divide and skip on the device.
             self.optimizer.grad_scale, self.optimizer.found_inf = divisor, (~accepted).float()
+            new = [parameter for parameter in self._parameters if not self.optimizer.state.get(parameter)]
             try:
                 self.optimizer.step()
             finally:
                 del self.optimizer.grad_scale, self.optimizer.found_inf
+            # Fused SGD does not initialise the momentum in a first step that it skips.
+            for parameter in new:
+                for value in self.optimizer.state.get(parameter, {}).values():
+                    value.copy_(torch.where(accepted, value, 0.0))
         elif accepted:
             if divisor is not None:
+                number = float(divisor)
                 for parameter in self._parameters:
                     if parameter.grad is not None:
-                        parameter.grad.div_(float(divisor))
+                        parameter.grad.div_(number)
             self.optimizer.step()
         if self.amp_dtype is torch.float16:
             grown = self._growth + 1 == _GROWTH_INTERVAL
@@ -341,14 +354,17 @@ class TrainStep:
         return {**{name: total / images if images else math.nan for name, total in named}, "images": images}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What continues the steps elsewhere, beside the states of model, average and optimizer: tensors and others."""
+        """What continues the steps elsewhere, beside the states of model, average and optimizer: tensors and others.
+
+        Of all processes, which call it together.
+        """
         tensors = {"taken": self._taken, "failed": self._failed, "scale": self._scale, "growth": self._growth}
         if self._sums is not None:
-            tensors["sums"] = self._sums
+            tensors["sums"] = distributed.add_up(self._sums.clone())
         if self.ema is not None:
             tensors["ema_updates"] = self.ema.updates
-        rest = {"names": self._names, "scheduler": None if self.scheduler is None else self.scheduler.state_dict()}
-        return tensors, rest
+        scheduler = None if self.scheduler is None else _without_tensors(self.scheduler.state_dict())
+        return tensors, {"names": self._names, "scheduler": scheduler}
 
     def load_state(self, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
         """Take over what `state` gave. Before the first step."""
@@ -358,6 +374,9 @@ class TrainStep:
         self._growth.copy_(tensors["growth"])
         self._names = list(rest["names"])
         self._sums = tensors["sums"].to(self.device) if "sums" in tensors else None
+        if self._sums is not None and distributed.ranks()[0] > 0:
+            # They are of all processes: rank 0 carries them on.
+            self._sums.zero_()
         if self.ema is not None:
             self.ema.updates.copy_(tensors["ema_updates"])
         if self.scheduler is not None:
@@ -367,3 +386,12 @@ class TrainStep:
 def _full(tensor: Tensor) -> Tensor:
     """A sharded model's norm is a DTensor."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _without_tensors(value: Any) -> Any:
+    """A scheduler's state for JSON: where learning rates are tensors, it keeps some."""
+    if isinstance(value, dict):
+        return {key: _without_tensors(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_tensors(item) for item in value]
+    return value.item() if isinstance(value, Tensor) else value

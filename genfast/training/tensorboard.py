@@ -8,6 +8,7 @@ from typing import Self
 
 from torch import Tensor, nn
 
+from genfast.models.base import Model
 from genfast.training.distributed import is_sharded
 
 __all__ = ["Board"]
@@ -40,7 +41,7 @@ class Board:
         except ImportError as error:
             message = "tensorboard: expected the package tensorboard, got none: pip install tensorboard"
             raise ImportError(message) from error
-        self.writer = SummaryWriter(os.fspath(folder), purge_step=steps + 1 if steps else None)
+        self.writer = SummaryWriter(os.fspath(folder), purge_step=steps + 1)
 
     def __enter__(self) -> Self:
         return self
@@ -56,15 +57,15 @@ class Board:
                 self.writer.add_scalar(f"step/{name}", float(value), steps)
 
     def epoch(self, steps: int, row: Mapping[str, float], model: nn.Module) -> None:
-        """A row of the history, and samples of a model that can draw some."""
+        """A row of the history, and samples of a genfast model that can draw some."""
         if self.writer is None:
             return
         for name, value in row.items():
             if name not in _NOT_SHOWN:
                 group = "test" if name.startswith("test_") else "epoch"
                 self.writer.add_scalar(f"{group}/{name.removeprefix('test_')}", value, steps)
-        # Rank 0 alone is here, and a sharded model needs all.
-        if hasattr(model, "sample") and not is_sharded(model):
+        # Rank 0 alone is here, and a sharded model needs all. What others call `sample` may take other arguments.
+        if isinstance(model, Model) and hasattr(model, "sample") and not is_sharded(model):
             # One seed for all epochs, so that the pictures show the model's change alone.
             self.writer.add_images("samples", model.sample(_SAMPLES, seed=0).clamp(0, 1), steps)
         self.writer.flush()

@@ -1,10 +1,11 @@
-"""What `test_distributed` lets the processes of torchrun do: `ranks_program.py TASK FOLDER`, each task a function here.
+"""What `test_distributed` has the processes of torchrun do: `ranks_program.py TASK FOLDER`, each task a function here.
 
 A task runs on every process, and returns what rank r leaves in FOLDER/TASK-r.pt.
 """
 
 import faulthandler
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -20,7 +21,7 @@ from genfast.random import derive_seed
 from genfast.training import DeviceDataset, Interrupted, TrainStep, evaluate, launched, load_dataset, ranks, shard
 
 # A process that hangs shows where, and ends.
-PATIENCE = 120
+PATIENCE = 300
 TIMES = ("seconds", "images_per_second")
 BATCH = 16
 
@@ -109,7 +110,7 @@ def gradients(micro_batches=1):
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
-def everything_equal(folder=None):
+def everything_equal():
     """What 1, 2 and 4 processes must have in common."""
     return {
         "histories": {name: history_of(name) for name in SETTINGS},
@@ -164,9 +165,9 @@ class OneBad(Dataset):
 
 def two(folder):
     """What is checked on two processes, beside `everything_equal`."""
-    rank, _ = ranks()
     return {
         **everything_equal(),
+        "skipped": skipped(),
         "failures": failures(),
         "printed": printed(folder / "printed"),
         "stopped": stopped(folder / "stopped"),
@@ -179,8 +180,24 @@ def two(folder):
     }
 
 
+def skipped():
+    """The weights after each of three steps, of which the second has a NaN in the last process's images."""
+    rank, world = ranks()
+    model = small()
+    step = TrainStep(model, torch.optim.Adam(model.parameters(), fused=True), ema_decay=0.5)
+    weights, failed = [], []
+    for number in range(3):
+        images = load_dataset("digits").train[rank * 8 : rank * 8 + 8].float() / 255
+        if number == 1 and rank == world - 1:
+            images[3, 0, 5, 5] = torch.nan
+        step(images, seed=number, row_offset=rank * 8)
+        weights.append({**weights_of(model), **{f"ema.{key}": w for key, w in weights_of(step.ema.module).items()}})
+        failed.append(step.failed())
+    return {"weights": weights, "failed": failed}
+
+
 def failures():
-    """A NaN that one process alone has; it is not known to which the image goes, so every image is tried."""
+    """Runs with an image that is NaN, one of several: the order decides which process gets it."""
     found = []
     for bad in range(0, 5 * BATCH, 9):
         model, had = small(), []
@@ -225,7 +242,7 @@ def stopped(folder):
     at = 7 if rank == world - 1 else 0
     message = message_of(Interrupted, train, counted(at, lambda: signal.raise_signal(signal.SIGTERM)), **options)
     steps = sorted(path.name for path in folder.iterdir())
-    # Nobody reads before all have listed.
+    # Nobody goes on before all have listed.
     dist.barrier()
     return {"message": message, "steps": steps, **train(counted(), resume=True, **options)}
 
@@ -243,13 +260,17 @@ def loader():
 
 
 def four(folder):
-    """`everything_equal`, and a checkpoint of two processes continued by these."""
-    return {**everything_equal(), "resumed": resumed(folder / "checkpoints")}
+    """`everything_equal`, and checkpoints of two processes continued by these."""
+    return {
+        **everything_equal(),
+        "resumed": resumed(folder / "checkpoints"),
+        "resumed shards": split(epochs=3, test_data=digits(), checkpoints=folder / "shards", resume=True),
+    }
 
 
 def resumed(checkpoints):
-    # Six epochs: the run that was stopped had gone further than two.
-    return train(counted(), checkpoints=checkpoints, resume=True, epochs=6)
+    """A run that `terminated` began."""
+    return train(counted(), checkpoints=checkpoints, resume=True, epochs=3)
 
 
 def terminated(folder):
@@ -284,9 +305,25 @@ def killed(folder):
     train(counted(11, die), epochs=10**6, checkpoints=folder / "checkpoints", checkpoint_every=2, keep=3)
 
 
+SHARDED = {"plain": {}, "clipped, in pieces": {"grad_clip": 60.0, "micro_batches": 2}}
+
+
+def restarted(folder):
+    """The last process dies in the middle of a run, the first time; torchrun starts all again."""
+    rank, world = ranks()
+    marker = folder / "died"
+
+    def die():
+        if rank == world - 1 and not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return train(counted(11, die), epochs=3, checkpoints=folder / "checkpoints", checkpoint_every=4, resume=True)
+
+
 def sharded(folder):
     """FSDP2 against DDP, its checkpoints, and what it refuses."""
-    rank, world = ranks()
+    rank, _ = ranks()
     found = {
         "ddp": {name: train(counted(), test_data=digits(), epochs=3, **options) for name, options in SHARDED.items()},
         "fsdp": {name: split(test_data=digits(), epochs=3, **options) for name, options in SHARDED.items()},
@@ -295,18 +332,23 @@ def sharded(folder):
     at = 7 if rank == 0 else 0
     found["message"] = message_of(Interrupted, split, at, lambda: signal.raise_signal(signal.SIGTERM), **options)
     found["steps"] = sorted(path.name for path in (folder / "shards").iterdir())
+    if rank == 0:
+        shutil.copytree(folder / "shards", folder / "for four")
     dist.barrier()
     found["resumed"] = split(resume=True, **options)
     train(counted(), epochs=1, checkpoints=folder / "whole")
     whole = {"checkpoints": folder / "whole", "resume": True}
     found["whole resumed by shards"] = message_of(ValueError, split, **whole)
-    found["shards resumed whole"] = message_of(ValueError, train, counted(), **{**options, "resume": True})
+    found["shards resumed whole"] = message_of(ValueError, whole_from, options)
     found["ema"] = message_of(ValueError, split, ema_decay=0.9)
     found["failure"] = message_of(FloatingPointError, split, data=OneBad(20))
     return found
 
 
-SHARDED = {"plain": {}, "clipped, in pieces": {"grad_clip": 60.0, "micro_batches": 2}}
+def whole_from(options):
+    """A model that is not sharded, with the optimizer that the sharded one had."""
+    model = counted()
+    return train(model, optimizer=torch.optim.Adam(model.parameters(), lr=1e-3), resume=True, **options)
 
 
 def split(at=0, then=None, **options):
@@ -316,7 +358,7 @@ def split(at=0, then=None, **options):
     return train(model, optimizer=torch.optim.Adam(model.parameters(), lr=1e-3), **options)
 
 
-TASKS = {task.__name__: task for task in (two, four, terminated, killed, sharded)}
+TASKS = {task.__name__: task for task in (two, four, terminated, killed, restarted, sharded)}
 
 if __name__ == "__main__":
     faulthandler.dump_traceback_later(PATIENCE, exit=True)

@@ -2,14 +2,16 @@
 
 import copy
 import math
+from itertools import pairwise
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import genfast
 from genfast.models import VAE, AutoEncoder
-from genfast.training import DeviceDataset, evaluate, load_dataset
+from genfast.training import Checkpoints, DeviceDataset, History, evaluate, load_dataset, read
 
 TIMES = {"seconds", "images_per_second"}
 
@@ -127,6 +129,223 @@ def test_divergence_names_the_epoch(digits):
     with pytest.raises(FloatingPointError, match=r"step 2 \(epoch 1, batch 2 of 4, images \d+, .*\): the loss or a"):
         fit(small(), digits.train[:256], lr=1e20, on_epoch=rows.append)
     assert rows == []
+
+
+class Marked(nn.Module):
+    """Its loss is not finite for a batch with the image whose first pixel is white."""
+
+    def __init__(self, value=0.0):
+        super().__init__()
+        self.weight, self.value = nn.Parameter(torch.zeros(())), value
+
+    def loss(self, x, *, seed=None, row_offset=0):
+        marked = (x[:, 0, 0, 0] == 255).any()
+        return {"loss": (x.float().mean() / 255 - self.weight).square() + torch.where(marked, self.value, 0.0)}
+
+
+@pytest.mark.parametrize("every", [1, None])
+@pytest.mark.parametrize("epoch", [1, 2])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_divergence_names_step_batch_images_and_the_last_good_checkpoint(value, epoch, every, tmp_path):
+    """However many steps later it is noticed."""
+    images = torch.full((41, 1, 2, 2), 100, dtype=torch.uint8)
+    # The one image that the first epoch leaves out is in the second.
+    first, second = (DeviceDataset(images).permutation(1, epoch).tolist() for epoch in (1, 2))
+    marked = first[13] if epoch == 1 else first[40]
+    images[marked, 0, 0, 0] = 255
+    batch = (first if epoch == 1 else second).index(marked) // 4
+    step = 10 * (epoch - 1) + batch + 1
+    rows, model = [], Marked(value)
+    with pytest.raises(FloatingPointError) as diverged:
+        fit(model, images, batch_size=4, checkpoints=tmp_path, checkpoint_every=every, keep=100, on_epoch=rows.append)
+    shown = ", ".join(map(str, (first if epoch == 1 else second)[4 * batch : 4 * batch + 4]))
+    good = step - 1 if every else 10 * (epoch - 1)
+    last = f"the last good checkpoint is {tmp_path / f'step-{good:08d}'}" if good else "no checkpoint was written"
+    assert str(diverged.value) == (
+        f"step {step} (epoch {epoch}, batch {batch + 1} of 10, images {shown}): the loss or a gradient is NaN or "
+        f"infinite; a smaller learning rate may help; {last}"
+    )
+    assert [row["epoch"] for row in rows] == list(range(1, epoch))
+    assert model.weight.isfinite()
+    assert Checkpoints(tmp_path).steps() == (list(range(1, step)) if every else [good] * (epoch - 1))
+    if good:
+        checkpoint = read(Checkpoints(tmp_path).latest())
+        assert all(tensor.isfinite().all() for named in checkpoint.tensors.values() for tensor in named.values())
+        # The same data, and a loss that is finite there: the run goes on to its end.
+        healed = Marked()
+        history = fit(healed, images, batch_size=4, checkpoints=tmp_path, resume=True)
+        assert [row["epoch"] for row in history] == [1, 2]
+
+
+class Drifting(nn.Module):
+    """Trained with SGD at a rate of 1 it is at n after step n, and its test loss is smallest where it is 3."""
+
+    def __init__(self):
+        super().__init__()
+        self.place = nn.Parameter(torch.zeros(()))
+
+    def loss(self, x, *, seed=None, row_offset=0):
+        return {"loss": -self.place if self.training else (self.place - 3).square() + 1}
+
+
+def drift(folder=None, steps=1, **options):
+    model = Drifting()
+    images = torch.zeros(2 * steps, 1, 2, 2, dtype=torch.uint8)
+    sgd = torch.optim.SGD(model.parameters(), lr=1.0)
+    options = {"epochs": 10, "batch_size": 2, "test_data": images, "optimizer": sgd, "checkpoints": folder, **options}
+    return model, fit(model, images, **options)
+
+
+def test_patience_ends_the_run_and_the_best_checkpoint_stays(tmp_path):
+    model, history = drift(tmp_path, patience=2, keep=1)
+    assert [row["test_loss"] for row in history] == [5, 2, 1, 2, 5]
+    assert history.reason == "early"
+    assert Checkpoints(tmp_path).steps() == [3, 5]
+    assert read(tmp_path / "step-00000003").tensors["model"]["place"] == 3
+    assert model.place.item() == 5
+    # It stays early as long as nothing changes, and goes on with more patience.
+    _, again = drift(tmp_path, patience=2, keep=1, resume=True)
+    assert (again.reason, len(again)) == ("early", 5)
+    _, longer = drift(tmp_path, patience=4, keep=1, resume=True)
+    assert (longer.reason, [row["epoch"] for row in longer]) == ("early", [1, 2, 3, 4, 5, 6, 7])
+    assert Checkpoints(tmp_path).steps() == [3, 7]
+    _, rest = drift(tmp_path, resume=True, keep=1)
+    assert (rest.reason, len(rest)) == ("finished", 10)
+
+
+def test_patience_counts_on_over_a_resume(tmp_path):
+    drift(tmp_path, patience=3, epochs=4)
+    _, history = drift(tmp_path, patience=3, resume=True)
+    assert (history.reason, len(history)) == ("early", 6)
+
+
+def test_patience_that_ends_with_the_last_epoch_is_no_early_stop():
+    _, history = drift(patience=2, epochs=5)
+    assert (history.reason, len(history)) == ("finished", 5)
+    with pytest.raises(ValueError, match="patience: expected test_data to judge by, got 2"):
+        drift(patience=2, test_data=None)
+    with pytest.raises(ValueError, match="patience: expected a positive int, got 0"):
+        drift(patience=0)
+
+
+def test_a_time_limit_ends_the_run_within_an_epoch_and_resuming_makes_it_whole(tmp_path):
+    _, whole = drift(steps=5, epochs=3)
+    rows = []
+    for reached in (1, 2):
+        # Time is looked at after the first step.
+        model, history = drift(tmp_path, steps=5, epochs=3, time_limit=1e-9, resume=True, on_epoch=rows.append)
+        assert history.reason == "time"
+        assert [row["epoch"] for row in history] == [0.2 * reached]
+        assert history[0]["test_loss"] == (reached - 3) ** 2 + 1
+        assert Checkpoints(tmp_path).steps()[-1] == reached == model.place.item()
+        assert read(Checkpoints(tmp_path).latest()).state["history"] == []
+    assert [row["epoch"] for row in rows] == [0.2, 0.4]
+    _, history = drift(tmp_path, steps=5, epochs=3, resume=True)
+    assert history.reason == "finished"
+    assert values(history) == values(whole)
+
+
+def test_a_time_limit_at_the_end_of_an_epoch(tmp_path):
+    _, history = drift(tmp_path, time_limit=1e-9)
+    assert (history.reason, [row["epoch"] for row in history]) == ("time", [1])
+    assert len(read(Checkpoints(tmp_path).latest()).state["history"]) == 1
+    _, history = drift(tmp_path, time_limit=1e-9, epochs=2, resume=True)
+    assert (history.reason, [row["epoch"] for row in history]) == ("finished", [1, 2])
+    with pytest.raises(ValueError, match=r"time_limit: expected a positive number of seconds, got 0\.0"):
+        drift(time_limit=0.0)
+
+
+def test_a_time_limit_without_checkpoints():
+    _, history = drift(steps=5, time_limit=1e-9)
+    assert (history.reason, [row["epoch"] for row in history]) == ("time", [0.2])
+    assert isinstance(history, History)
+
+
+def test_the_average_is_evaluated_and_returned(digits):
+    plain, averaged = small(), small()
+    options = {"test_data": digits.test[:64], "epochs": 1}
+    trained = fit(plain, digits.train[:256], **options)
+    history = fit(averaged, digits.train[:256], ema_decay=0.9, **options)
+    assert history[0]["loss"] == trained[0]["loss"]
+    assert history[0]["test_loss"] != trained[0]["test_loss"]
+    scores = [evaluate(model, digits.test[:64], batch_size=64, seed=1)["loss"] for model in (plain, averaged)]
+    assert scores == [trained[0]["test_loss"], history[0]["test_loss"]]
+
+
+def test_the_average_is_returned_by_an_interrupted_run_too(digits, tmp_path):
+    def stop(row):
+        raise KeyboardInterrupt
+
+    model = small()
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, digits.train[:256], ema_decay=0.9, checkpoints=tmp_path, on_epoch=stop)
+    saved = read(Checkpoints(tmp_path).latest()).tensors
+    assert all(torch.equal(value, saved["ema"][name]) for name, value in model.state_dict().items())
+    assert not all(torch.equal(value, saved["model"][name]) for name, value in model.state_dict().items())
+
+
+class Recording(Drifting):
+    """Notes the learning rate of every step, by how far it has gone."""
+
+    def __init__(self):
+        super().__init__()
+        self.places = []
+
+    def loss(self, x, *, seed=None, row_offset=0):
+        self.places.append(self.place.item())
+        return super().loss(x)
+
+
+def rates(**options):
+    model = Recording()
+    sgd = torch.optim.SGD(model.parameters(), lr=1.0)
+    fit(model, torch.zeros(10, 1, 2, 2, dtype=torch.uint8), batch_size=2, optimizer=sgd, **options)
+    places = [*model.places, model.place.item()]
+    return pytest.approx([after - before for before, after in pairwise(places)], abs=1e-5)
+
+
+def test_learning_rates():
+    assert rates() == [1] * 10
+    assert rates(lr_schedule="linear") == [1 - step / 10 for step in range(10)]
+    cosine = [(1 + math.cos(math.pi * step / 10)) / 2 for step in range(10)]
+    assert rates(lr_schedule="cosine") == cosine
+    rising = [1 / 5, 2 / 5, 3 / 5, 4 / 5]
+    assert rates(warmup_steps=4) == rising + [1] * 6
+    assert rates(warmup_steps=4, lr_schedule="linear") == rising + [1 - step / 6 for step in range(6)]
+    with pytest.raises(ValueError, match="lr_schedule: expected one of constant, cosine, linear, got 'sine'"):
+        rates(lr_schedule="sine")
+    with pytest.raises(ValueError, match="warmup_steps: expected a non-negative int, got -1"):
+        rates(warmup_steps=-1)
+
+
+def test_fp32_products_have_their_precision_during_the_run_alone():
+    seen = []
+    for stop in (False, True):
+
+        def on_epoch(row, stop=stop):
+            seen.append(torch.get_float32_matmul_precision())
+            if stop:
+                raise KeyboardInterrupt
+
+        try:
+            drift(epochs=1, matmul_precision="high", on_epoch=on_epoch)
+        except KeyboardInterrupt:
+            assert stop
+        assert torch.get_float32_matmul_precision() == "highest"
+    assert seen == ["high", "high"]
+    with pytest.raises(ValueError, match="matmul_precision: expected one of highest, high, medium, got 'low'"):
+        drift(matmul_precision="low")
+
+
+def test_channels_last(digits):
+    model = VAE(latent_dim=2, hidden_dims=(4,), preset="conv")
+    plain = copy.deepcopy(model)
+    options = {"epochs": 1, "test_data": digits.test[:64]}
+    rows = [fit(model, digits.train[:128], channels_last=True, **options), fit(plain, digits.train[:128], **options)]
+    weights = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d)]
+    assert weights
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+    assert rows[0][0]["test_loss"] == pytest.approx(rows[1][0]["test_loss"], rel=1e-4)
 
 
 def test_divergence_in_the_last_step_shows_in_the_test(digits):
