@@ -26,7 +26,7 @@ from genfast.training import launched
 
 ROOT = Path(__file__).parents[1]
 # Images of an epoch: some steps at any batch size.
-IMAGES, EPOCHS = 12288, 4
+IMAGES, EPOCHS = 8192, 4
 
 
 def main() -> None:

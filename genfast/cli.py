@@ -218,9 +218,10 @@ def _train(options: SimpleNamespace, where: torch.device) -> None:
             at = f"{parameters:,} parameters on {where}{processes}"
             print(f"{options.family}: {at}; {splits.name}: {images}; {folder}", flush=True)
         status, code = _fit(options, model, train_data, test_data, loss_options, folder, keep)
-        if first and all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
-            run.save_model(model)
-            run.write_metrics(history)
+        if first:
+            if all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
+                run.save_model(model)
+                run.write_metrics(history)
             run.write_settings(status)
     except KeyboardInterrupt:
         # A second Ctrl-C: at once, with the model in the middle of a step.

@@ -43,6 +43,10 @@ def check_out(out: Path | None, overwrite: bool, resume: bool) -> None:
     if resume and (out is None or "genfast" not in read_settings(out)):
         got = "none" if out is None else f"{out}, which holds none"
         raise ValueError(f"--resume: expected --out with the folder of a run, got {got}")
+    checkpoints = (CHECKPOINTS, _ASIDE[CHECKPOINTS])
+    # To begin anew, as where a run was killed before its first checkpoint, would cost that model.
+    if resume and (out / "model.safetensors").exists() and not any(Checkpoints(out / c).steps() for c in checkpoints):
+        raise ValueError(f"--resume: {out} holds a model, but no checkpoint to go on from")
     if out is None or not out.exists():
         return
     if not out.is_dir():

@@ -2,19 +2,25 @@
 
 import json
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import genfast
 from genfast.__main__ import main
 from genfast.models import VAE, AutoEncoder, registry
+from genfast.training import Checkpoints
 
 COMMAND = [sys.executable, "-m", "genfast"]
 PICTURES = {"samples.png", "reconstructions.png", "curves.png"}
@@ -192,38 +198,6 @@ def test_overwrite_replaces_the_whole_run(capsys, tmp_path, images):
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
 
 
-@pytest.mark.parametrize("epochs", [0, 2])
-def test_ctrl_c_leaves_a_usable_run(epochs, tmp_path):
-    """Interrupted within the first epoch, and after the second."""
-    arguments = ["train", "vae", "--epochs", "100000", "--batch-size", "1000", "--out", "run"]
-    # Where the tests run in the background, SIGINT may be ignored, and that is inherited.
-    process = subprocess.Popen(
-        [*COMMAND, *arguments], cwd=tmp_path, env=environment(), text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
-    try:
-        for line in process.stdout:
-            begun = line.startswith("vae:") if epochs == 0 else line.startswith(f"epoch {epochs:>6}/")
-            if begun:
-                break
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 130, err
-    assert out.splitlines()[-1] == "interrupted: run"
-    assert err == ""
-    folder = tmp_path / "run"
-    done = len((folder / "metrics.jsonl").read_text().splitlines())
-    curves = {"curves.png"} if done else set()
-    assert names(folder) == {"samples.png", "reconstructions.png", "interpolation.png"} | MODEL | RECORDS | curves
-    assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
-    assert done >= epochs
-    model = registry.load(folder)
-    score = genfast.training.evaluate(model, genfast.training.load_dataset("digits").test)["loss"]
-    assert score < (450 if epochs else 600)
-
-
 def test_divergence_keeps_the_settings_and_tells(capsys, tmp_path, images):
     line = fails(capsys, "train", "vae", "--data", images, "--epochs", 3, "--lr", 1e20, "--out", tmp_path, code=1)
     assert "epoch 1" in line
@@ -249,6 +223,23 @@ def test_an_error_through_the_real_command(tmp_path):
         (["train", "vae", "--epochs", "0"], "--epochs"),
         (["train", "vae", "--batch-size", "many"], "--batch-size"),
         (["train", "vae", "--lr", "-1"], "--lr: expected a positive number, got -1.0"),
+        (["train", "vae", "--grad-clip", "0"], "--grad-clip: expected a positive number, got 0.0"),
+        (["train", "vae", "--time", "nan"], "--time: expected a positive number, got nan"),
+        (["train", "vae", "--ema-decay", "1"], "--ema-decay: expected a number between 0 and 1, got 1.0"),
+        (["train", "vae", "--lr-schedule", "sine"], "--lr-schedule: expected one of constant, cosine, linear"),
+        (["train", "vae", "--mode", "slow"], "--mode: expected one of auto, eager, compile, graph, got slow"),
+        (["train", "vae", "--mode", "graph", "--device", "cpu"], "--mode: expected a CUDA device for graph, got cpu"),
+        (["train", "vae", "--amp", "fp64"], "--amp: expected one of bf16, fp16, got fp64"),
+        (["train", "vae", "--matmul-precision", "low"], "--matmul-precision: expected one of highest, high, medium"),
+        (["train", "vae", "--batch-size", "5001"], "batch_size: expected at most the 5000 images of data, got 5001"),
+        (["train", "vae", "--warmup-steps", "-1"], "--warmup-steps"),
+        (["train", "vae", "--micro-batches", "0"], "--micro-batches"),
+        (["train", "vae", "--patience", "0"], "--patience"),
+        (["train", "vae", "--keep", "0"], "--keep"),
+        (["train", "vae", "--checkpoint-every", "0"], "--checkpoint-every"),
+        (["train", "vae", "--resume"], "--resume: expected --out with the folder of a run, got none"),
+        (["train", "vae", "--resume", "--out", "nonesuch"], "of a run, got nonesuch, which holds none"),
+        (["train", "vae", "--resume", "--overwrite"], "--resume: expected it without --overwrite"),
         (["train", "vae", "--binarize", "perhaps"], "binarize: expected one of none, threshold, dynamic"),
         (["train", "vae", "--preset", "transformer"], "preset"),
         (["train", "vae", "--likelihood", "poisson"], "likelihood"),
@@ -481,3 +472,426 @@ def test_standard_error(capsys, saved, tmp_path):
     assert result["standard_error"] == pytest.approx(float(values.std(correction=1)) / 3**0.5, rel=1e-4)
     succeeds(capsys, "evaluate", saved, *options, "--limit", 1)
     assert "standard_error" not in json.loads((saved / "evaluation.json").read_text())
+
+
+# Runs that are stopped, resumed and replaced.
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """36 + 4 images: four steps an epoch with --batch-size 9."""
+    return write_images(tmp_path_factory.mktemp("tiny") / "images", count=40, size=(8, 8))
+
+
+def train(data, out, *options):
+    return ("train", "vae", "--data", data, "--out", out, "--batch-size", 9, *options)
+
+
+def status_of(folder):
+    return json.loads((folder / "run.json").read_text())["status"]
+
+
+def rows_of(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    times = ("seconds", "images_per_second")
+    return [{name: value for name, value in row.items() if name not in times} for row in rows]
+
+
+def assert_same_run(one, other):
+    for name in MODEL:
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+    assert rows_of(one) == rows_of(other)
+
+
+class Killed(BaseException):
+    """As a kill: nothing catches it, so nothing more is written."""
+
+
+def kill():
+    raise Killed
+
+
+@pytest.fixture
+def in_step():
+    """`in_step(3, action)` calls it within the third optimizer step from then on."""
+    # Where the tests run in the background, SIGINT may be ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    handles = []
+
+    def register(step, *actions):
+        taken = []
+
+        def count(*_):
+            taken.append(1)
+            if len(taken) == step:
+                for action in actions:
+                    action()
+
+        handles.append(register_optimizer_step_post_hook(count))
+
+    yield register
+    signal.signal(signal.SIGINT, before)
+    for handle in handles:
+        handle.remove()
+
+
+def interrupt():
+    signal.raise_signal(signal.SIGINT)
+
+
+def terminate():
+    signal.raise_signal(signal.SIGTERM)
+
+
+def stopped_by(number, cwd, *arguments):
+    """The real command, sent a signal once it has shown its second epoch; what it printed."""
+    process = subprocess.Popen(
+        [*COMMAND, *map(str, arguments)], cwd=cwd, env=environment(), text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    try:
+        epochs = 0
+        for line in process.stdout:
+            epochs += line.startswith("epoch ")
+            if epochs == 2:
+                break
+        process.send_signal(number)
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert err == ""
+    return process.returncode, out
+
+
+def test_stopped_in_every_way_and_resumed_is_the_run_itself(tiny, capsys, tmp_path):
+    """Ctrl-C, then SIGTERM, then a kill, each of a command of its own."""
+    arguments = train(tiny, "run", "--checkpoint-every", 3, "--ema-decay", 0.9)
+    code, out = stopped_by(signal.SIGINT, tmp_path, *arguments, "--epochs", 100_000)
+    folder = tmp_path / "run"
+    assert code == 130
+    assert out.splitlines()[-1] == "interrupted: run"
+    assert status_of(folder) == "interrupted"
+    first = len(rows_of(folder))
+    assert first >= 2
+    assert names(folder) == PICTURES | MODEL | RECORDS | {"interpolation.png"}
+    assert registry.load(folder).image_shape == (1, 8, 8)
+
+    code, out = stopped_by(signal.SIGTERM, tmp_path, "train", "vae", "--resume", "--out", "run")
+    assert code == 143
+    assert out.splitlines()[-1] == "interrupted: run"
+    assert status_of(folder) == "interrupted"
+    second = len(rows_of(folder))
+    assert second >= first + 2
+
+    code, _ = stopped_by(signal.SIGKILL, tmp_path, "train", "vae", "--resume", "--out", "run")
+    assert code == -signal.SIGKILL
+    assert status_of(folder) == "running"
+
+    steps = Checkpoints(folder / "checkpoints").steps()[-1]
+    epochs = max(second, steps // 4) + 2
+    printed = succeeds(capsys, "train", "vae", "--resume", "--out", folder, "--epochs", epochs)
+    assert printed.splitlines()[-1] == f"finished: {folder}"
+    succeeds(capsys, *train(tiny, tmp_path / "whole", "--ema-decay", 0.9, "--epochs", epochs))
+    assert_same_run(folder, tmp_path / "whole")
+
+
+def test_ctrl_c_within_the_first_epoch_leaves_a_usable_run(capsys, tmp_path, in_step):
+    in_step(3, interrupt)
+    assert main(["train", "vae", "--epochs", "9", "--batch-size", "1000", "--out", str(tmp_path)]) == 130
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[-1] == f"interrupted: {tmp_path}"
+    assert printed.err == ""
+    assert names(tmp_path) == {"samples.png", "reconstructions.png", "interpolation.png"} | MODEL | RECORDS
+    assert status_of(tmp_path) == "interrupted"
+    assert rows_of(tmp_path) == []
+    score = genfast.training.evaluate(registry.load(tmp_path), genfast.training.load_dataset("digits").test)["loss"]
+    assert score < 600
+
+
+def test_a_second_ctrl_c_stops_at_once(capsys, tmp_path, tiny, in_step):
+    in_step(2, interrupt, interrupt)
+    assert main([str(word) for word in train(tiny, tmp_path / "run", "--epochs", 3)]) == 130
+    assert capsys.readouterr().out.splitlines()[-1] == f"interrupted: {tmp_path / 'run'}"
+    assert status_of(tmp_path / "run") == "interrupted"
+    assert names(tmp_path / "run") == {"run.json"}
+    # It began no run that could be continued, so resuming begins.
+    succeeds(capsys, "train", "vae", "--resume", "--out", tmp_path / "run")
+    succeeds(capsys, *train(tiny, tmp_path / "whole", "--epochs", 3))
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_resumed_run_has_its_own_options(capsys, tmp_path, tiny, in_step):
+    options = (
+        "--epochs", 4, "--lr", 1e-2, "--lr-schedule", "cosine", "--warmup-steps", 3, "--grad-clip", 30,
+        "--ema-decay", 0.8, "--micro-batches", 2, "--latent-dim", 3, "--beta", 2, "--binarize", "dynamic", "--seed", 5,
+        "--amp", "bf16", "--image-size", 6, "--likelihood", "gaussian", "--free-bits", 0.1, "--no-fused",
+        "--tensorboard",
+    )  # fmt: skip
+    succeeds(capsys, *train(tiny, tmp_path / "whole", *options))
+    in_step(6, terminate)
+    assert main([str(word) for word in train(tiny, tmp_path / "run", *options)]) == 143
+    assert Checkpoints(tmp_path / "run" / "checkpoints").steps()[-1] == 6
+    assert len(rows_of(tmp_path / "run")) == 1
+    # Those that are given again are the same.
+    succeeds(capsys, "train", "vae", "--resume", "--out", tmp_path / "run", "--data", tiny, "--lr", 0.01)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    one, other = (json.loads((tmp_path / name / "run.json").read_text()) for name in ("run", "whole"))
+    assert one == other
+    assert one["status"] == "finished"
+    assert {"epochs": 4, "lr": 0.01, "binarize": "dynamic", "image_size": 6, "fused": False}.items() <= one.items()
+    steps = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload().Scalars("test/loss")
+    assert [event.step for event in steps] == [4, 8, 12, 16]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    """A run of two epochs, with all that a run may leave."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    assert main([str(word) for word in train(tiny, folder, "--epochs", 2, "--tensorboard", "--latent-dim", 2)]) == 0
+    return folder
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--lr", 0.01], "--lr: expected that of the run, 0.001, got 0.01"),
+        (["--batch-size", 8], "--batch-size: expected that of the run, 9, got 8"),
+        (["--data", "digits"], "--data: expected that of the run, "),
+        (["--seed", 1], "--seed: expected that of the run, 0, got 1"),
+        (["--latent-dim", 3], "--latent-dim: expected that of the run, 2, got 3"),
+        (["--binarize", "dynamic"], "--binarize: expected that of the run, none, got dynamic"),
+        (["--ema-decay", 0.9], "--ema-decay: expected that of the run, None, got 0.9"),
+        (["--lr-schedule", "cosine"], "--lr-schedule: expected that of the run, constant, got cosine"),
+        (["--amp", "bf16"], "--amp: expected that of the run, None, got bf16"),
+        (["--no-fused"], "--fused: expected that of the run, None, got False"),
+        (["--overwrite"], "--resume: expected it without --overwrite"),
+    ],
+)
+def test_a_resumed_run_refuses_other_options_by_name(options, expected, capsys, finished):
+    before = contents(finished)
+    assert expected in fails(capsys, "train", "vae", "--resume", "--out", finished, *options)
+    assert contents(finished) == before
+
+
+def test_resume_refuses_what_is_no_run_of_that_family(capsys, finished, tmp_path):
+    before = contents(finished)
+    line = fails(capsys, "train", "ae", "--resume", "--out", finished)
+    assert "--resume: family: expected that of the run, vae, got ae" in line
+    assert contents(finished) == before
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "empty").mkdir()
+    for out in (tmp_path / "file", tmp_path / "empty", tmp_path / "file" / "below"):
+        assert str(out) in fails(capsys, "train", "vae", "--resume", "--out", out)
+    assert names(tmp_path) == {"file", "empty"}
+
+
+def test_how_a_resumed_run_goes_on_may_be_given_anew(capsys, copied, tiny, tmp_path):
+    options = ("--epochs", 5, "--micro-batches", 2, "--mode", "eager", "--keep", 1, "--log-every", 1)
+    succeeds(capsys, "train", "vae", "--resume", "--out", copied, *options, "--checkpoint-every", 3, "--patience", 9)
+    assert [row["epoch"] for row in rows_of(copied)] == [1, 2, 3, 4, 5]
+    assert Checkpoints(copied / "checkpoints").steps()[-1] == 20
+    assert json.loads((copied / "run.json").read_text())["epochs"] == 5
+    succeeds(capsys, *train(tiny, tmp_path / "whole", "--epochs", 5, "--latent-dim", 2))
+    expected = [row["test_loss"] for row in rows_of(tmp_path / "whole")]
+    assert [row["test_loss"] for row in rows_of(copied)] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_finished_run_is_resumed_to_itself(capsys, copied):
+    before = contents(copied)
+    assert "finished" in succeeds(capsys, "train", "vae", "--resume", "--out", copied)
+    after = contents(copied)
+    for path in (Path("model.safetensors"), Path("metrics.jsonl"), Path("run.json"), Path("samples.png")):
+        assert after[path] == before[path]
+
+
+def test_time_that_runs_out(capsys, tiny, tmp_path):
+    out = tmp_path / "run"
+    printed = succeeds(capsys, *train(tiny, out, "--epochs", 2, "--time", 1e-9))
+    assert printed.splitlines()[-1] == f"out of time: {out}"
+    assert status_of(out) == "out of time"
+    assert [row["epoch"] for row in rows_of(out)] == [0.25]
+    assert registry.load(out).latent_dim == 20
+    # Its limit was for that command alone.
+    assert "finished" in succeeds(capsys, "train", "vae", "--resume", "--out", out)
+    succeeds(capsys, *train(tiny, tmp_path / "whole", "--epochs", 2))
+    assert_same_run(out, tmp_path / "whole")
+
+
+def test_patience_that_runs_out(capsys, tiny, tmp_path):
+    # At this rate no weight changes.
+    printed = succeeds(capsys, *train(tiny, tmp_path, "--epochs", 9, "--patience", 2, "--lr", 1e-20, "--keep", 1))
+    assert printed.splitlines()[-1] == f"stopped early: {tmp_path}"
+    assert status_of(tmp_path) == "stopped early"
+    assert [row["epoch"] for row in rows_of(tmp_path)] == [1, 2, 3]
+    assert Checkpoints(tmp_path / "checkpoints").steps() == [4, 12]
+
+
+def test_the_averaged_weights_are_the_model(capsys, tiny, tmp_path, in_step):
+    in_step(6, kill)
+    with pytest.raises(Killed):
+        main([str(word) for word in train(tiny, tmp_path, "--epochs", 2, "--ema-decay", 0.9, "--checkpoint-every", 4)])
+    for _ in range(2):
+        model = (tmp_path / "model.safetensors").read_bytes()
+        latest = Checkpoints(tmp_path / "checkpoints").latest()
+        assert model == (latest / "ema.safetensors").read_bytes() != (latest / "model.safetensors").read_bytes()
+        assert registry.load(tmp_path).latent_dim == 20
+        succeeds(capsys, "train", "vae", "--resume", "--out", tmp_path)
+    assert latest.name == "step-00000008"
+
+
+def test_fp16_and_micro_batches(capsys, tiny, tmp_path):
+    for name, options in {"plain": (), "fp16": ("--amp", "fp16"), "micro": ("--micro-batches", 4)}.items():
+        succeeds(capsys, *train(tiny, tmp_path / name, "--epochs", 2, *options))
+    plain, fp16, micro = (rows_of(tmp_path / name)[-1]["test_loss"] for name in ("plain", "fp16", "micro"))
+    assert micro == pytest.approx(plain, rel=1e-5)
+    assert fp16 == pytest.approx(plain, rel=1e-2)
+    assert fp16 != plain
+
+
+def test_a_run_that_is_replaced_stays_until_the_new_one_has_a_model(capsys, copied, tiny, in_step):
+    """Whatever the new one has written by then, be it refused, diverged, interrupted twice, out of space or killed."""
+    before = contents(copied)
+    again = train(tiny, copied, "--overwrite", "--epochs", 3, "--tensorboard", "--checkpoint-every", 1)
+    line = fails(capsys, *again, "--lr", 1e20, code=1)
+    assert "the loss or a gradient is" in line
+    assert "still holds the run that it held" in line
+    assert contents(copied) == before
+    in_step(3, interrupt, interrupt)
+    assert main([str(word) for word in again]) == 130
+    assert contents(copied) == before
+    with full_disk(30_000):
+        assert "step-00000001" in fails(capsys, *again)
+    assert contents(copied) == before
+    capsys.readouterr()
+    in_step(3, kill)
+    with pytest.raises(Killed):
+        main([str(word) for word in again])
+    # Its files are where they were; the next command puts its folders back.
+    assert {path: text for path, text in contents(copied).items() if path.parent == Path()} == {
+        path: text for path, text in before.items() if path.parent == Path()
+    }
+    assert "--overwrite" in fails(capsys, *train(tiny, copied))
+    succeeds(capsys, "train", "vae", "--resume", "--out", copied)
+    after = contents(copied)
+    assert {str(path) for path in after} >= {str(path) for path in before}
+    assert all(after[path] == before[path] for path in before if path.suffix == ".safetensors")
+    assert names(copied / "checkpoints") == {path.parts[1] for path in before if path.parts[0] == "checkpoints"}
+
+
+def test_a_replaced_run_leaves_nothing(capsys, copied, tiny, in_step):
+    """Interrupted or finished: what is there is the new run's."""
+    again = train(tiny, copied, "--overwrite", "--epochs", 1)
+    in_step(2, interrupt)
+    assert main([str(word) for word in again]) == 130
+    assert names(copied) == {"samples.png", "reconstructions.png", "interpolation.png"} | MODEL | RECORDS
+    assert names(copied / "checkpoints") == {"step-00000002"}
+    assert registry.load(copied).latent_dim == 20
+    succeeds(capsys, *again)
+    assert names(copied) == PICTURES | MODEL | RECORDS | {"interpolation.png"}
+    assert names(copied / "checkpoints") == {"step-00000004"}
+
+
+@contextmanager
+def full_disk(size):
+    """No file grows beyond `size` bytes: as a full disk, an error of the write itself."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk(capsys, tiny, copied, tmp_path):
+    out = tmp_path / "new"
+    with full_disk(30_000):
+        line = fails(capsys, *train(tiny, out, "--epochs", 1))
+    assert "there is no earlier checkpoint" in line
+    assert str(out / "checkpoints" / "step-00000004") in line
+    assert status_of(out) == "failed"
+    assert names(out) == {"run.json", "checkpoints"}
+    before = contents(copied)
+    with full_disk(30_000):
+        line = fails(capsys, "train", "vae", "--resume", "--out", copied, "--epochs", 3)
+    assert f"the last checkpoint is {copied / 'checkpoints' / 'step-00000008'}" in line
+    after = contents(copied)
+    assert all(after[path] == before[path] for path in before)
+    assert not [path for path in set(after) - set(before) if path.parts[0] != "tensorboard"]
+    succeeds(capsys, "train", "vae", "--resume", "--out", copied, "--epochs", 3)
+    assert len(rows_of(copied)) == 3
+
+
+def test_a_resume_that_fit_refuses_changes_nothing(capsys, copied):
+    state = Checkpoints(copied / "checkpoints").latest() / "state.json"
+    content = json.loads(state.read_text())
+    content["state"]["genfast"] = "0.0.1"
+    state.write_text(json.dumps(content))
+    before = contents(copied)
+    line = fails(capsys, "train", "vae", "--resume", "--out", copied, "--epochs", 3)
+    assert "resume: expected a checkpoint of genfast" in line
+    assert contents(copied) == before
+
+
+def test_divergence_keeps_the_last_good_model(capsys, tiny, tmp_path):
+    # The learning rate rises until the fourth step fails.
+    line = fails(
+        capsys, *train(tiny, tmp_path, "--epochs", 3, "--lr", 1e30, "--warmup-steps", 10**30, "--checkpoint-every", 1),
+        code=1,
+    )  # fmt: skip
+    latest = Checkpoints(tmp_path / "checkpoints").latest()
+    assert f"the last good checkpoint is {latest}; its model is in {tmp_path}" in line
+    assert (tmp_path / "model.safetensors").read_bytes() == (latest / "model.safetensors").read_bytes()
+    assert all(weight.isfinite().all() for weight in registry.load(tmp_path).parameters())
+    assert status_of(tmp_path) == "diverged"
+
+
+def test_tensorboard_that_is_not_installed(capsys, tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    line = fails(capsys, *train(tiny, tmp_path, "--epochs", 1, "--tensorboard"))
+    assert "tensorboard: expected the package tensorboard, got none: pip install tensorboard" in line
+    assert status_of(tmp_path) == "failed"
+
+
+def test_a_run_of_an_older_version_is_sampled_and_evaluated(capsys, copied):
+    """What run.json held before runs could be resumed."""
+    older = {
+        "genfast", "torch", "family", "data", "data_root", "image_size", "binarize", "train_images", "test_images",
+        "image_shape", "epochs", "batch_size", "lr", "seed", "device", "compile", "latent_dim", "status",
+    }  # fmt: skip
+    settings = json.loads((copied / "run.json").read_text())
+    assert older <= set(settings)
+    (copied / "run.json").write_text(json.dumps({name: settings[name] for name in older}))
+    shutil.rmtree(copied / "checkpoints")
+    assert "elbo" in succeeds(capsys, "evaluate", copied, "-k", 2)
+    succeeds(capsys, "sample", copied, "-n", 4)
+    before = contents(copied)
+    line = fails(capsys, "train", "vae", "--resume", "--out", copied)
+    assert f"--resume: {copied} holds a model, but no checkpoint to go on from" in line
+    assert contents(copied) == before
+
+
+def test_under_torchrun_one_process_writes_and_speaks(tiny, capsys, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    options = ("--data", tiny, "--batch-size", 8, "--epochs", 2)
+    done = subprocess.run(
+        [*launcher, *COMMAND[1:], "train", "vae", *map(str, options)], cwd=tmp_path, capture_output=True, text=True,
+        env={**environment(), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("vae: ")
+    assert "on cpu, 2 processes; images: 36 + 4 images; runs/vae-images" in lines[0]
+    assert [line.split("  ")[0] for line in lines[1:-1]] == ["epoch 1/2", "epoch 2/2"]
+    assert lines[-1] == "finished: runs/vae-images"
+    assert names(tmp_path / "runs") == {"vae-images"}
+    folder = tmp_path / "runs" / "vae-images"
+    assert names(folder) == PICTURES | MODEL | RECORDS | {"interpolation.png"}
+    succeeds(capsys, "train", "vae", *options, "--out", tmp_path / "alone")
+    expected = [row["test_loss"] for row in rows_of(tmp_path / "alone")]
+    assert [row["test_loss"] for row in rows_of(folder)] == pytest.approx(expected, rel=1e-5)

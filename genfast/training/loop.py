@@ -181,9 +181,11 @@ def fit(
         except TypeError:
             steps_per_epoch = None
         settings = {
-            "data": batches.describe(), "batch_size": batch_size, "lr_schedule": lr_schedule,
-            "warmup_steps": warmup_steps, "loss_options": dict(loss_options or {}), "grad_clip": grad_clip,
-            "amp_dtype": str(amp_dtype), "ema_decay": ema_decay,
+            # For this every byte is read.
+            "data": None if checkpoints is None else batches.describe(),
+            "batch_size": batch_size, "lr_schedule": lr_schedule, "warmup_steps": warmup_steps,
+            "loss_options": dict(loss_options or {}), "grad_clip": grad_clip, "amp_dtype": str(amp_dtype),
+            "ema_decay": ema_decay,
         }  # fmt: skip
         if optimizer is None:
             if not (lr > 0 and math.isfinite(lr)):
@@ -264,7 +266,7 @@ class _Run:
 
     def _train_epoch(self) -> None:
         self.step.model.train()
-        self.shown.start_epoch(self.epoch)
+        self.shown.start_epoch(self.epoch, self.batch)
         self.epoch_started = time.perf_counter() - self.elapsed
         first = self.batch
         for values, images in self._steps(first):

@@ -57,10 +57,11 @@ class Progress:
         if self.bar is not None:
             self.bar.stop()
 
-    def start_epoch(self, epoch: int) -> None:
+    def start_epoch(self, epoch: int, first: int = 0) -> None:
         self.started, self.images = time.perf_counter(), 0
         if self.bar is not None:
-            self.bar.reset(self.task, total=self.batches, description=f"epoch {epoch}/{self.epochs}")
+            at = f"epoch {epoch}/{self.epochs}"
+            self.bar.reset(self.task, total=self.batches, completed=first, description=at)
 
     def step(self, values: dict[str, Tensor], images: int) -> None:
         self.images += images

@@ -380,7 +380,7 @@ class TrainStep:
         if self.ema is not None:
             self.ema.updates.copy_(tensors["ema_updates"])
         if self.scheduler is not None:
-            self.scheduler.load_state_dict(rest["scheduler"])
+            self.scheduler.load_state_dict(_with_tensors(rest["scheduler"], self.scheduler.state_dict()))
 
 
 def _full(tensor: Tensor) -> Tensor:
@@ -395,3 +395,12 @@ def _without_tensors(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_tensors(item) for item in value]
     return value.item() if isinstance(value, Tensor) else value
+
+
+def _with_tensors(value: Any, current: Any) -> Any:
+    """Numbers as tensors again where the running scheduler has some, for its arithmetic to round as before."""
+    if isinstance(value, dict) and isinstance(current, dict):
+        return {key: _with_tensors(item, current.get(key)) for key, item in value.items()}
+    if isinstance(value, list) and isinstance(current, list) and len(value) == len(current):
+        return [_with_tensors(item, now) for item, now in zip(value, current, strict=True)]
+    return torch.full_like(current, value) if isinstance(current, Tensor) else value

@@ -1,5 +1,6 @@
 """What there is to graphs without a GPU: which batches one takes, and why there is none. The rest is in tests/gpu."""
 
+import pytest
 import torch
 from torch import nn
 from torch.optim import SGD
@@ -8,8 +9,13 @@ from genfast.training import TrainStep
 from genfast.training.capture import _reason
 
 
+class Net(nn.Linear):
+    def loss(self, x, *, seed, row_offset):
+        return {"loss": self(x).mean()}
+
+
 def step():
-    net = nn.Linear(3, 1)
+    net = Net(3, 1)
     return TrainStep(net, SGD(net.parameters(), lr=0.1, fused=True))
 
 
@@ -31,13 +37,18 @@ def test_the_first_batch_decides_which_ones_a_graph_takes():
     assert fixed_seed.tolist() == [5]
 
 
+class _Ending:
+    def __enter__(self):
+        pass
+
+    def __exit__(self, *error):
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+
 def test_the_reason_is_the_first_error():
     """Where a capture was broken, ending it raises an error that says no more than that."""
-    try:
-        try:
-            raise RuntimeError("operation not permitted when stream is capturing\nand so on")
-        finally:
-            raise RuntimeError("operation failed due to a previous error during capture")
-    except RuntimeError as error:
-        assert _reason(error) == "operation not permitted when stream is capturing"
+    with pytest.raises(RuntimeError) as raised, _Ending():
+        raise RuntimeError("operation not permitted when stream is capturing\nand so on")
+    assert str(raised.value) == "operation failed due to a previous error during capture"
+    assert _reason(raised.value) == "operation not permitted when stream is capturing"
     assert _reason(ValueError()) == "ValueError"

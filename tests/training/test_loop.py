@@ -1,7 +1,9 @@
 """`fit` and `evaluate`."""
 
 import copy
+import io
 import math
+import sys
 from itertools import pairwise
 
 import pytest
@@ -12,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import genfast
 from genfast.models import VAE, AutoEncoder
 from genfast.training import Checkpoints, DeviceDataset, History, evaluate, load_dataset, read
+from genfast.training.progress import Progress
 
 TIMES = {"seconds", "images_per_second"}
 
@@ -78,6 +81,22 @@ def test_the_seed_alone_decides(kind, digits):
         assert torch.equal(torch.get_rng_state(), state)
     assert runs[0] == runs[1]
     assert values(fit(small(), kinds(digits.train[:256])[kind], test_data=digits.test[:64], seed=2)) != runs[0]
+
+
+def test_every_step_has_the_noise_of_its_number():
+    seen = []
+
+    class Seeds(nn.Linear):
+        def loss(self, x, *, seed, row_offset):
+            if self.training:
+                seen.append((int(seed), row_offset))
+            return {"loss": self(x.float().flatten(1)).square().mean()}
+
+    images = torch.zeros(11, 1, 2, 2, dtype=torch.uint8)
+    for data in (images, TensorDataset(images), DataLoader(TensorDataset(images[:9]), 3)):
+        seen.clear()
+        fit(Seeds(4, 1), data, batch_size=3, epochs=3, test_data=images)
+        assert seen == [(genfast.random.derive_seed(1, step), 0) for step in range(1, 10)]
 
 
 def test_without_a_seed_torch_decides(digits):
@@ -361,6 +380,31 @@ def test_progress_is_one_line_per_epoch(digits, capsys):
     assert lines[1].endswith("images/s")
     fit(small(), digits.train[:128])
     assert capsys.readouterr().out == ""
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_the_bar_of_an_epoch_begins_where_the_run_stands(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    with Progress(epochs=3, batches=5, show=True) as shown:
+        shown.start_epoch(2, 3)
+        shown.step({"loss": torch.tensor(1.0)}, images=8)
+        assert (shown.bar.tasks[0].completed, shown.bar.tasks[0].total) == (4, 5)
+        shown.start_epoch(3)
+        assert shown.bar.tasks[0].completed == 0
+
+
+def test_without_checkpoints_the_data_are_not_read_through(digits, tmp_path):
+    class Huge(DeviceDataset):
+        def digest(self):
+            raise AssertionError
+
+    assert len(fit(small(), Huge(digits.train[:64]))) == 2
+    with pytest.raises(AssertionError):
+        fit(small(), Huge(digits.train[:64]), checkpoints=tmp_path)
 
 
 def test_evaluate_does_not_depend_on_the_batch_size(digits):

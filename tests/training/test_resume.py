@@ -57,13 +57,7 @@ class Failure(Exception):
 
 
 def vae(width=8, family=VAE):
-    torch.manual_seed(3)
     return family(latent_dim=2, hidden_dims=(width,), image_shape=(1, 6, 6))
-
-
-def denoiser():
-    torch.manual_seed(3)
-    return Denoiser()
 
 
 def with_optimizer(make):
@@ -74,13 +68,13 @@ SCHEDULED = {"lr_schedule": "cosine", "warmup_steps": 3, "grad_clip": 50.0, "ema
 # A model, its data, and the options of the run; those that need the model are functions of it.
 RUNS = {
     "dynamic binarization, all options": (vae, DeviceDataset(IMAGES, binarize="dynamic"), SCHEDULED),
-    "dropout and batch norm": (denoiser, TensorDataset(IMAGES), {"ema_decay": 0.9, "lr_schedule": "linear"}),
-    "stream": (denoiser, Stream(IMAGES), {"warmup_steps": 7}),
+    "dropout and batch norm": (Denoiser, TensorDataset(IMAGES), {"ema_decay": 0.9, "lr_schedule": "linear"}),
+    "stream": (Denoiser, Stream(IMAGES), {"warmup_steps": 7}),
     "no seed": (vae, IMAGES, {"seed": None}),
     "bfloat16": (vae, IMAGES, {"amp_dtype": torch.bfloat16}),
     "float16": (vae, IMAGES, {"amp_dtype": torch.float16}),
     "own optimizer that is not fused": (
-        denoiser, IMAGES, with_optimizer(lambda weights: torch.optim.RMSprop(weights, lr=1e-3, momentum=0.9)),
+        Denoiser, IMAGES, with_optimizer(lambda weights: torch.optim.RMSprop(weights, lr=1e-3, momentum=0.9)),
     ),
     "own optimizer of two groups": (
         vae, IMAGES,
@@ -176,7 +170,7 @@ def test_stopped_and_resumed_is_the_run_itself(name, stops, uninterrupted, tmp_p
         assert stopped.value.signal == signal.SIGTERM
         assert Checkpoints(tmp_path).steps()[-1] == stop
         done = stop
-        # Neither the new process's weights nor its random numbers count.
+        # Neither the weights that the next attempt begins with nor its random numbers count.
         torch.manual_seed(stop)
     model, history = fit(*RUNS[name], tmp_path, resume=True)
     expected, rows, weights = uninterrupted(name)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop
-from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LinearLR, SequentialLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LambdaLR, LinearLR, SequentialLR
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from genfast import random
@@ -183,6 +183,8 @@ class TestFailedSteps:
                 state |= {name: tensor for name, tensor in changed.items() if name not in state}
             same(changed, state)
             assert not (parts["loss"].isfinite() and parts["grad_norm"].isfinite())
+            # What the other processes would learn of it.
+            assert parts["grad_norm"].isnan() or bad == "an infinite loss with zero gradients"
             after = [step(second, seed=3) for step in steps]
             assert torch.equal(after[0]["loss"], after[1]["loss"])
             same(everything(steps[0]), everything(steps[1]))
@@ -329,10 +331,10 @@ class TestAutocast:
         step = TrainStep(net, OPTIMIZERS[optimizer](net.parameters()), amp_dtype=torch.float16)
         plain = OPTIMIZERS[optimizer](by_hand.parameters())
         scaler = torch.amp.GradScaler("cpu", growth_interval=4)
-        scales = []
+        scales = [scaler.get_scale()]
         for seed, batch in enumerate(batches(24)):
-            # Overflows at the scale that it begins with.
             before = everything(step)
+            # Large: they overflow at the scale that it begins with.
             parts = step(batch * 8, seed=seed)
             plain.zero_grad()
             with torch.autocast("cpu", torch.float16):
@@ -342,14 +344,12 @@ class TestAutocast:
             scaler.update()
             scales.append(scaler.get_scale())
             assert step.state()[0]["scale"] == scales[-1]
-            assert parts["grad_norm"].isfinite() == (len(scales) < 2 or scales[-1] >= scales[-2]) or len(scales) == 1
-            if not parts["grad_norm"].isfinite():
-                same(everything(step), {**everything(step), **{k: v for k, v in before.items() if "model." in k}})
-        parameters = dict(by_hand.named_parameters())
-        same(dict(net.named_parameters()), parameters)
-        pairs = list(pairwise(scales))
-        assert any(new == old / 2 for old, new in pairs)
-        assert any(new == old * 2 for old, new in pairs)
+            skipped = scales[-1] < scales[-2]
+            assert parts["grad_norm"].isfinite() != skipped
+            if skipped and seed > 0:
+                same(everything(step), before)
+        same(dict(net.named_parameters()), dict(by_hand.named_parameters()))
+        assert {new / old for old, new in pairwise(scales)} == {0.5, 1.0, 2.0}
         assert step.failed() == 0
 
     def test_float16_gives_up_where_no_scale_helps(self):
@@ -406,8 +406,9 @@ class TestState:
             if plain.param_groups[0].get("fused"):
                 plain.param_groups[0]["lr"] = lr(0.01)
             return TrainStep(
-                net, plain, scheduler=ExponentialLR(plain, 0.9), ema_decay=0.9, amp_dtype=torch.float16, grad_clip=0.5
-            )
+                net, plain, scheduler=LambdaLR(plain, lambda step: 0.9**step), ema_decay=0.9,
+                amp_dtype=torch.float16, grad_clip=0.5,
+            )  # fmt: skip
 
         def run(step, first, last):
             data = batches(8)
@@ -442,8 +443,6 @@ class TestState:
 def test_a_source_gives_the_batches_seeds_and_rows(model, images, binarize):
     data = DeviceDataset(images, binarize=binarize)
     feed = data.feed(48, seed=5, shard=(1, 2))
-    fed = TrainStep(copy.deepcopy(model), Adam(model.parameters()), source=feed)
-    fed.optimizer = Adam(fed.model.parameters())
     steps = []
     for source in (feed, None):
         other = copy.deepcopy(model)
