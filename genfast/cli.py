@@ -102,6 +102,7 @@ def train(
     channels_last: Annotated[bool, typer.Option("--channels-last", help="Memory format of convolutions.")] = False,
     time: Annotated[float | None, typer.Option(help="Stop after so many seconds.")] = None,
     patience: Annotated[int | None, typer.Option(min=1, help="Stop after epochs without a better test loss.")] = None,
+    evaluate_every: Annotated[int | None, typer.Option(min=1, help="Epochs; default: at a cost below 5%.")] = None,
     checkpoint_every: Annotated[int | None, typer.Option(min=1, help="Steps; default: at a cost below 2%.")] = None,
     keep: Annotated[int, typer.Option(min=1, help="How many checkpoints are kept.")] = 2,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write scalars and samples for it.")] = False,
@@ -125,7 +126,7 @@ def train(
 # What may be given anew when a run is resumed: how it is run, how long, and what it leaves.
 _FREE = {
     "data_root", "epochs", "micro_batches", "device", "mode", "compile", "matmul_precision", "channels_last", "time",
-    "patience", "checkpoint_every", "keep", "tensorboard", "log_every", "out", "resume", "overwrite",
+    "patience", "evaluate_every", "checkpoint_every", "keep", "tensorboard", "log_every", "out", "resume", "overwrite",
 }  # fmt: skip
 _NOT_TAKEN_OVER = {"device", "time", "out", "resume", "overwrite"}
 # Those that not every family has.
@@ -259,10 +260,10 @@ def _fit(
     """Train; the status of the run, and the exit code."""
     try:
         result = training.fit(
-            model, train_data, test_data=test_data, epochs=options.epochs, batch_size=options.batch_size,
-            micro_batches=options.micro_batches, lr=options.lr, lr_schedule=options.lr_schedule,
-            warmup_steps=options.warmup_steps, grad_clip=options.grad_clip, ema_decay=options.ema_decay,
-            amp_dtype=_AMP[options.amp], matmul_precision=options.matmul_precision,
+            model, train_data, test_data=test_data, evaluate_every=options.evaluate_every, epochs=options.epochs,
+            batch_size=options.batch_size, micro_batches=options.micro_batches, lr=options.lr,
+            lr_schedule=options.lr_schedule, warmup_steps=options.warmup_steps, grad_clip=options.grad_clip,
+            ema_decay=options.ema_decay, amp_dtype=_AMP[options.amp], matmul_precision=options.matmul_precision,
             channels_last=options.channels_last, mode=options.mode, compile=options.compile, seed=options.seed,
             loss_options=loss_options, checkpoints=folder / CHECKPOINTS, resume=options.resume, keep=options.keep,
             checkpoint_every=options.checkpoint_every, time_limit=options.time, patience=options.patience,

@@ -111,11 +111,12 @@ def save_curves(history: Sequence[dict[str, float]], path: str | os.PathLike[str
         panels = {"negative ELBO": ("nll", "kl"), "reconstruction": ("nll",), "KL": ("kl",)}
     figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
     FigureCanvasAgg(figure)
-    epochs = [row["epoch"] for row in history]
     for axes, (name, parts) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for prefix, label in (("", "train"), ("test_", "test")):
-            if prefix + parts[0] in history[0]:
-                axes.plot(epochs, [sum(row[prefix + part] for part in parts) for row in history], ".-", label=label)
+            rows = [row for row in history if prefix + parts[0] in row]
+            if rows:
+                values = [sum(row[prefix + part] for part in parts) for row in rows]
+                axes.plot([row["epoch"] for row in rows], values, ".-", label=label)
         axes.set(title=name, xlabel="epoch", ylabel="nats per image")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)

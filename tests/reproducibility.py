@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,9 +168,7 @@ def _batch_sizes(weights: dict[str, Tensor], images: Tensor) -> Iterator[Row]:
     for size in (8, 1):
         case = f"batches of {size}, not {SHOWN}"
         apart = torch_noise(size)
-        yield Row(
-            case, NOISE, _furthest(noise(size), noise(SHOWN)), _furthest(apart, at_once), exact=True
-        )
+        yield Row(case, NOISE, _furthest(noise(size), noise(SHOWN)), _furthest(apart, at_once), exact=True)
         yield Row(
             case, IMAGES, _furthest(samples(size), samples(SHOWN)),
             _furthest(torch_samples(apart, size), torch_shown),
@@ -202,8 +201,7 @@ def _many_ranks(weights: dict[str, Tensor], images: Tensor) -> Iterator[Row]:
                 return Figure(SHOWN - len(distinct))
 
             for kind in (IMAGES, REPEATED, LOSSES):
-                figures = (compared(kind, way) for way in ("genfast", "one seed", "seed + rank"))
-                ours, theirs, other = figures
+                ours, theirs, other = (compared(kind, way) for way in ("genfast", "one seed", "seed + rank"))
                 yield Row(case, kind, ours, theirs, (how, other), exact=kind is REPEATED)
             how = "`DistributedSampler` on 1 as well"
             yield Row(
@@ -299,23 +297,33 @@ class _Killed(Exception):
     """What happens to a run in the middle of an epoch."""
 
 
+class _Mortal:
+    """A loss that counts its calls, and kills the run at one of them."""
+
+    def __init__(self, model: genfast.VAE, dies_at: int | None = None) -> None:
+        self.loss, self.dies_at, self.calls = model.loss, dies_at, 0
+        model.loss = self
+
+    def __call__(self, *arguments: Any, **options: Any) -> dict[str, Tensor]:
+        self.calls += 1
+        if self.calls == self.dies_at:
+            raise _Killed
+        return self.loss(*arguments, **options)
+
+
 def _resumed(weights: dict[str, Tensor], images: Tensor) -> Iterator[Row]:
     case = "resumed in mid-epoch, not in one go"
     whole_losses, whole = _our_training(weights, images)
+    dying, resumed = _model(weights), _model(weights)
+    _Mortal(dying, DIED_AT)
+    rest = _Mortal(resumed)
     with tempfile.TemporaryDirectory() as folder:
-        dying, calls = _model(weights), itertools.count(1)
-        loss = dying.loss
-
-        def loss_until_it_dies(*arguments: Any, **options: Any) -> dict[str, Tensor]:
-            if next(calls) == DIED_AT:
-                raise _Killed
-            return loss(*arguments, **options)
-
-        dying.loss = loss_until_it_dies
-        try:
-            _our_training(weights, images, model=dying, checkpoints=folder, checkpoint_every=5)
-        except _Killed:
-            losses, resumed = _our_training(weights, images, checkpoints=folder, checkpoint_every=5, resume=True)
+        options = {"checkpoints": folder, "checkpoint_every": 5}
+        with suppress(_Killed):
+            _our_training(weights, images, dying, **options)
+        losses, _ = _our_training(weights, images, resumed, resume=True, **options)
+    if rest.calls != EPOCHS * TRAINED // BATCH - SAVED_AT:
+        raise RuntimeError(f"resume: expected a run that goes on after step {SAVED_AT}, got one of {rest.calls} steps")
 
     torch_whole_losses, torch_whole, saved = _torch_training(weights, images, save_at=SAVED_AT)
     usual_losses, usual, _ = _torch_training(weights, images, saved=saved | {"random": None})

@@ -442,11 +442,16 @@ class ImageBatches:
             batches = self._from_dataset(seed, epoch, first)
         return prefetch(batches, self.device)
 
+    @property
+    def images(self) -> int | None:
+        """How many images there are; None where that is unknown."""
+        return _count(self.data.dataset if isinstance(self.data, DataLoader) else self.data)
+
     def describe(self) -> dict[str, Any]:
         """What a resumed run must find again: kind, images, shape, digest, binarize; None where unknown."""
         data = self.data
         found = dict.fromkeys(("kind", "images", "shape", "digest", "binarize"))
-        found |= {"kind": type(data).__name__, "images": _count(data.dataset if isinstance(data, DataLoader) else data)}
+        found |= {"kind": type(data).__name__, "images": self.images}
         if isinstance(data, DeviceDataset):
             found |= {"shape": list(data.image_shape), "digest": data.digest(), "binarize": data.binarize}
         return found

@@ -54,6 +54,7 @@ def fit(
     epochs: int,
     batch_size: int = 128,
     test_data: Any = None,
+    evaluate_every: int | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     lr: float = 1e-3,
     lr_schedule: Schedule = "constant",
@@ -99,7 +100,9 @@ def fit(
             leave out a last batch that is smaller than the others.
         epochs: passes over the data.
         batch_size: images per step, of all processes together.
-        test_data: like `data`; evaluated after every epoch, with the same noise each time.
+        test_data: like `data`; evaluated with the same noise each time.
+        evaluate_every: epochs between evaluations; there is one after the last epoch in any case. None: as many as keep
+            the images evaluated at a fifteenth of those trained on, which costs less than 5% of the time.
         optimizer: Adam over all parameters if None.
         lr: learning rate of that Adam.
         lr_schedule: "constant", or "cosine" or "linear" from `lr` down to 0 over the whole run.
@@ -127,8 +130,9 @@ def fit(
 
     Returns:
         A row per epoch: "epoch" (from 1; a fraction where the time ran out within one), the means over the epoch of
-        the parts of the loss ("loss", "nll", "kl", ...: nats per image) and of "grad_norm", the same of the test data
-        as "test_loss", ..., and "test_elbo" for models with a KL term, "seconds" and "images_per_second" of training.
+        the parts of the loss ("loss", "nll", "kl", ...: nats per image) and of "grad_norm", "seconds" and
+        "images_per_second" of training; where the test data was evaluated, its parts as "test_loss", ..., and
+        "test_elbo" for models with a KL term.
 
     Raises:
         TypeError: `data` is of another kind, or not uint8.
@@ -146,7 +150,9 @@ def fit(
         >>> history[1]["loss"] < history[0]["loss"]
         True
     """
-    for name, value in (("epochs", epochs), ("log_every", log_every), ("checkpoint_every", checkpoint_every)):
+    counts = {"epochs": epochs, "log_every": log_every}
+    counts |= {"evaluate_every": evaluate_every, "checkpoint_every": checkpoint_every}
+    for name, value in counts.items():
         if value is not None and value < 1:
             raise ValueError(f"{name}: expected a positive int, got {value}")
     choices_of = {"lr_schedule": (lr_schedule, Schedule), "matmul_precision": (matmul_precision, Precision)}
@@ -175,7 +181,9 @@ def fit(
         batches = ImageBatches(data, batch_size, device, train=True, shard=shard)
         test_batches = None
         if test_data is not None:
-            test_batches = ImageBatches(test_data, batch_size, device, train=False, shard=shard)
+            # Without gradients there is room for more at once.
+            test_batches = ImageBatches(test_data, 8 * batch_size, device, train=False, shard=shard)
+            evaluate_every = evaluate_every or _evaluate_every(batches.images, test_batches.images)
         try:
             steps_per_epoch = len(batches)
         except TypeError:
@@ -209,7 +217,7 @@ def fit(
             step.source = batches.dataset.feed(batch_size, seed=seed, shard=shard)
         run = _Run(step, batches, test_batches, seed, epochs, steps_per_epoch, saver)
         run.time_limit, run.patience, run.log_every, run.on_epoch = time_limit, patience, log_every, on_epoch
-        run.requests = requests
+        run.requests, run.evaluate_every = requests, evaluate_every
         if saver is not None:
             saver.restore(step, run)
         stack.enter_context(_matmul_precision(matmul_precision))
@@ -235,6 +243,7 @@ class _Run:
     shown: Progress
     board: Board
     requests: StopRequests
+    evaluate_every: int | None
     time_limit: float | None
     patience: int | None
     log_every: int
@@ -309,7 +318,9 @@ class _Run:
         seconds = time.perf_counter() - self.epoch_started
         epoch = self.epoch if whole else round(self.epoch - 1 + self.batch / (self.steps_per_epoch or math.inf), 3)
         row = {"epoch": epoch, **means}
-        if self.test_batches is not None:
+        last = last or not whole or self.epoch == self.epochs
+        evaluated = self.test_batches is not None and (last or self.epoch % self.evaluate_every == 0)
+        if evaluated:
             model = self.step.model if self.step.ema is None else self.step.ema.module
             tested = _evaluate(model, self.test_batches, self.seed)
             row |= {f"test_{name}": value for name, value in tested.items()}
@@ -322,9 +333,9 @@ class _Run:
             improved = row.get("test_loss", math.inf) < self.best
             if improved:
                 self.best, self.best_step, self.evaluations_since = row["test_loss"], self.steps, 0
-            else:
+            elif evaluated:
                 self.evaluations_since += 1
-            last = last or self.epoch > self.epochs or self._too_patient()
+            last = last or self._too_patient()
             if self.saver is not None and (last or self._save_wanted(self.patience is not None and improved)):
                 self._save()
         # Before the row is shown, so that what a user has seen has been kept.
@@ -393,6 +404,12 @@ class _Run:
     def _last_checkpoint(self) -> str:
         path = None if self.saver is None else self.saver.latest()
         return "; no checkpoint was written" if path is None else f"; the last good checkpoint is {path}"
+
+
+def _evaluate_every(train: int | None, test: int | None) -> int:
+    """Epochs between evaluations such that they take less than 5% of the time."""
+    # An evaluated image costs up to half of one that is trained on.
+    return 1 if not train or test is None else max(1, math.ceil(15 * test / train))
 
 
 def _scheduler(

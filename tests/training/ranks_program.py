@@ -37,7 +37,7 @@ def small(family=genfast.VAE, **options):
 
 def train(model, data=None, **options):
     """The history, and the weights after it."""
-    options = {"epochs": 2, "batch_size": BATCH, "seed": 3, "progress": False, **options}
+    options = {"epochs": 2, "batch_size": BATCH, "seed": 3, "progress": False, "evaluate_every": 1, **options}
     history = genfast.fit(model, digits() if data is None else data, **options)
     return {"history": plain(history), "reason": history.reason, "weights": weights_of(model)}
 

@@ -34,7 +34,8 @@ def values(history):
 
 
 def fit(model, data, **options):
-    return genfast.fit(model, data, **{"epochs": 2, "batch_size": 64, "seed": 1, "progress": False, **options})
+    defaults = {"epochs": 2, "batch_size": 64, "seed": 1, "progress": False, "evaluate_every": 1}
+    return genfast.fit(model, data, **{**defaults, **options})
 
 
 def kinds(images):

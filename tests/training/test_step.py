@@ -427,10 +427,10 @@ class TestState:
         resumed.load_state({name: tensor.clone() for name, tensor in tensors.items()}, json.loads(json.dumps(rest)))
         assert all(map(torch.equal, run(resumed, 4, 8), losses))
         same(everything(resumed), everything(whole))
-        assert resumed.failed() == whole.failed() == 2
+        same(resumed.state()[0], whole.state()[0])
+        assert resumed.failed() == 2
         assert resumed.means() == whole.means()
         assert float(resumed.optimizer.param_groups[0]["lr"]) == float(whole.optimizer.param_groups[0]["lr"])
-        assert resumed.state()[0]["scale"] == whole.state()[0]["scale"]
 
     def test_before_the_first_step(self, model, images):
         step = TrainStep(model, SGD(model.parameters(), lr=0.1))

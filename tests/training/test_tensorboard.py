@@ -15,6 +15,7 @@ from genfast.training.tensorboard import Board
 IMAGES = torch.randint(0, 256, (24, 1, 6, 6), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
 # 4 steps an epoch.
 OPTIONS = {"epochs": 3, "batch_size": 6, "seed": 5, "test_data": IMAGES[:7], "log_every": 3, "progress": False}
+OPTIONS |= {"evaluate_every": 1}
 
 
 class Failure(Exception):
