@@ -63,7 +63,7 @@ def images(tmp_path_factory):
 def run(tmp_path_factory):
     """The folder of a short run of the default data, and what the command printed."""
     cwd = tmp_path_factory.mktemp("cwd")
-    done = genfast_command("train", "vae", "--epochs", "2", "--batch-size", "500", cwd=cwd)
+    done = genfast_command("train", "vae", *"--epochs 2 --batch-size 500 --evaluate-every 1".split(), cwd=cwd)
     assert done.returncode == 0, done.stderr
     return cwd / "runs" / "vae-digits", done
 
@@ -199,7 +199,8 @@ def test_overwrite_replaces_the_whole_run(capsys, tmp_path, images):
 
 
 def test_divergence_keeps_the_settings_and_tells(capsys, tmp_path, images):
-    line = fails(capsys, "train", "vae", "--data", images, "--epochs", 3, "--lr", 1e20, "--out", tmp_path, code=1)
+    options = ("--epochs", 3, "--lr", 1e20, "--evaluate-every", 1, "--out", tmp_path)
+    line = fails(capsys, "train", "vae", "--data", images, *options, code=1)
     assert "epoch 1" in line
     assert "no model to keep" in line
     assert json.loads((tmp_path / "run.json").read_text())["status"] == "diverged"
@@ -411,7 +412,7 @@ def test_without_the_train_extra(tmp_path):
 def test_a_failed_run_does_not_replace_a_good_one(capsys, tmp_path, images):
     succeeds(capsys, "train", "vae", "--data", images, "--epochs", 1, "--out", tmp_path)
     before = contents(tmp_path)
-    options = ("--epochs", 3, "--lr", 1e20, "--out", tmp_path, "--overwrite")
+    options = ("--epochs", 3, "--lr", 1e20, "--evaluate-every", 1, "--out", tmp_path, "--overwrite")
     assert "still holds the run" in fails(capsys, "train", "vae", "--data", images, *options, code=1)
     assert contents(tmp_path) == before
 
@@ -625,7 +626,7 @@ def test_a_resumed_run_has_its_own_options(capsys, tmp_path, tiny, in_step):
         "--epochs", 4, "--lr", 1e-2, "--lr-schedule", "cosine", "--warmup-steps", 3, "--grad-clip", 30,
         "--ema-decay", 0.8, "--micro-batches", 2, "--latent-dim", 3, "--beta", 2, "--binarize", "dynamic", "--seed", 5,
         "--amp", "bf16", "--image-size", 6, "--likelihood", "gaussian", "--free-bits", 0.1, "--no-fused",
-        "--tensorboard",
+        "--tensorboard", "--evaluate-every", 1,
     )  # fmt: skip
     succeeds(capsys, *train(tiny, tmp_path / "whole", *options))
     in_step(6, terminate)
@@ -691,14 +692,15 @@ def test_resume_refuses_what_is_no_run_of_that_family(capsys, finished, tmp_path
 
 
 def test_how_a_resumed_run_goes_on_may_be_given_anew(capsys, copied, tiny, tmp_path):
-    options = ("--epochs", 5, "--micro-batches", 2, "--mode", "eager", "--keep", 1, "--log-every", 1)
+    options = ("--epochs", 5, "--micro-batches", 2, "--mode", "eager", "--keep", 1, "--evaluate-every", 1)
     succeeds(capsys, "train", "vae", "--resume", "--out", copied, *options, "--checkpoint-every", 3, "--patience", 9)
     assert [row["epoch"] for row in rows_of(copied)] == [1, 2, 3, 4, 5]
     assert Checkpoints(copied / "checkpoints").steps()[-1] == 20
     assert json.loads((copied / "run.json").read_text())["epochs"] == 5
     succeeds(capsys, *train(tiny, tmp_path / "whole", "--epochs", 5, "--latent-dim", 2))
-    expected = [row["test_loss"] for row in rows_of(tmp_path / "whole")]
-    assert [row["test_loss"] for row in rows_of(copied)] == pytest.approx(expected, rel=1e-5)
+    expected = [row["loss"] for row in rows_of(tmp_path / "whole")]
+    assert [row["loss"] for row in rows_of(copied)] == pytest.approx(expected, rel=1e-5)
+    assert all("test_loss" in row for row in rows_of(copied)[2:])
 
 
 def test_a_finished_run_is_resumed_to_itself(capsys, copied):
@@ -722,9 +724,18 @@ def test_time_that_runs_out(capsys, tiny, tmp_path):
     assert_same_run(out, tmp_path / "whole")
 
 
+# At this rate no weight changes.
+STUCK = ("--epochs", 9, "--patience", 2, "--lr", 1e-20, "--keep", 1, "--evaluate-every", 1)
+
+
+def test_the_test_images_are_evaluated_so_seldom_that_it_costs_little(capsys, tiny, tmp_path):
+    # 4 images to 36: fifteen times as many as 4 are seen in two epochs.
+    succeeds(capsys, *train(tiny, tmp_path, "--epochs", 5))
+    assert [row["epoch"] for row in rows_of(tmp_path) if "test_loss" in row] == [2, 4, 5]
+
+
 def test_patience_that_runs_out(capsys, tiny, tmp_path):
-    # At this rate no weight changes.
-    printed = succeeds(capsys, *train(tiny, tmp_path, "--epochs", 9, "--patience", 2, "--lr", 1e-20, "--keep", 1))
+    printed = succeeds(capsys, *train(tiny, tmp_path, *STUCK))
     assert printed.splitlines()[-1] == f"stopped early: {tmp_path}"
     assert status_of(tmp_path) == "stopped early"
     assert [row["epoch"] for row in rows_of(tmp_path)] == [1, 2, 3]
@@ -878,7 +889,7 @@ def test_a_run_of_an_older_version_is_sampled_and_evaluated(capsys, copied):
 
 def test_under_torchrun_one_process_writes_and_speaks(tiny, capsys, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    options = ("--data", tiny, "--batch-size", 8, "--epochs", 2)
+    options = ("--data", tiny, "--batch-size", 8, "--epochs", 2, "--evaluate-every", 1)
     done = subprocess.run(
         [*launcher, *COMMAND[1:], "train", "vae", *map(str, options)], cwd=tmp_path, capture_output=True, text=True,
         env={**environment(), "OMP_NUM_THREADS": "1"},

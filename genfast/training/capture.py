@@ -40,9 +40,31 @@ class Captured(Generic[_T]):
             self.graph.replay()
             return self.result
         self.calls += 1
+        if self.calls == _WARM_UP and not self.failed:
+            return self._call_watched()
         if self.calls > _WARM_UP and not self.failed and self._capture():
             return self()
         return self._call_on_stream()
+
+    def _call_watched(self) -> _T:
+        """A call that tells whether the function waits for the device: a capture that fails for it costs memory."""
+        before = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                result = self._call_on_stream()
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+        waits = [warning for warning in caught if "synchronizing" in str(warning.message)]
+        for warning in caught:
+            if warning not in waits:
+                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        if waits:
+            self.failed = True
+            at = f"{waits[0].filename}:{waits[0].lineno}"
+            warnings.warn(f"mode graph: the step waits for the device ({at}); steps run eagerly", stacklevel=5)
+        return result
 
     def _call_on_stream(self) -> _T:
         current = torch.cuda.current_stream(self.stream.device)

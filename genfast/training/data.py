@@ -443,6 +443,11 @@ class ImageBatches:
         return prefetch(batches, self.device)
 
     @property
+    def decides_itself(self) -> bool:
+        """Whether the data is a `DataLoader`."""
+        return isinstance(self.data, DataLoader)
+
+    @property
     def images(self) -> int | None:
         """How many images there are; None where that is unknown."""
         return _count(self.data.dataset if isinstance(self.data, DataLoader) else self.data)

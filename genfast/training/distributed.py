@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -111,6 +111,12 @@ def from_first(value: _T) -> _T:
     return values[0]
 
 
+def share_buffers(model: nn.Module) -> None:
+    """Give all processes rank 0's buffers."""
+    for buffer in model.buffers():
+        dist.broadcast(buffer, src=0)
+
+
 def _meeting_point() -> torch.device:
     """Where a tensor must be for all processes to exchange it."""
     gloo = "gloo" in str(dist.get_backend_config())
@@ -120,18 +126,20 @@ def _meeting_point() -> torch.device:
 class LossModule(nn.Module):
     """A model whose forward is its loss: DDP averages gradients of what goes through the wrapped forward alone."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, loss: Callable[..., dict[str, Tensor]]) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.loss = model, loss
 
     def forward(self, x: Tensor, **options: Any) -> dict[str, Tensor]:
-        return self.model.loss(x, **options)
+        return self.loss(x, **options)
 
 
-def data_parallel(model: nn.Module, device: torch.device) -> nn.parallel.DistributedDataParallel:
-    """The loss of `model` under DDP; rank 0's weights go to all."""
+def data_parallel(
+    model: nn.Module, loss: Callable[..., dict[str, Tensor]], device: torch.device
+) -> nn.parallel.DistributedDataParallel:
+    """`loss`, which is that of `model`, under DDP; rank 0's weights go to all."""
     ids = [device.index] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(LossModule(model), device_ids=ids, gradient_as_bucket_view=True)
+    return nn.parallel.DistributedDataParallel(LossModule(model, loss), device_ids=ids, gradient_as_bucket_view=True)
 
 
 def shard(model: nn.Module, blocks: Iterable[nn.Module] = (), **options: Any) -> nn.Module:

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from genfast import profiling, random
 from genfast.models.base import evaluating
 from genfast.training import distributed
+from genfast.training.checkpoint import optimizer_state
 from genfast.training.data import ImageBatches
 from genfast.training.progress import Progress
 from genfast.training.resume import Saver
@@ -54,7 +55,7 @@ def fit(
     epochs: int,
     batch_size: int = 128,
     test_data: Any = None,
-    evaluate_every: int | None = None,
+    evaluate_every: int = 1,
     optimizer: torch.optim.Optimizer | None = None,
     lr: float = 1e-3,
     lr_schedule: Schedule = "constant",
@@ -100,9 +101,8 @@ def fit(
             leave out a last batch that is smaller than the others.
         epochs: passes over the data.
         batch_size: images per step, of all processes together.
-        test_data: like `data`; evaluated with the same noise each time.
-        evaluate_every: epochs between evaluations; there is one after the last epoch in any case. None: as many as keep
-            the images evaluated at a fifteenth of those trained on, which costs less than 5% of the time.
+        test_data: like `data`; evaluated with the same noise each time, in batches four times as large.
+        evaluate_every: epochs between evaluations; there is one after the last epoch in any case.
         optimizer: Adam over all parameters if None.
         lr: learning rate of that Adam.
         lr_schedule: "constant", or "cosine" or "linear" from `lr` down to 0 over the whole run.
@@ -182,8 +182,7 @@ def fit(
         test_batches = None
         if test_data is not None:
             # Without gradients there is room for more at once.
-            test_batches = ImageBatches(test_data, 8 * batch_size, device, train=False, shard=shard)
-            evaluate_every = evaluate_every or _evaluate_every(batches.images, test_batches.images)
+            test_batches = ImageBatches(test_data, 4 * batch_size, device, train=False, shard=shard)
         try:
             steps_per_epoch = len(batches)
         except TypeError:
@@ -195,11 +194,15 @@ def fit(
             "loss_options": dict(loss_options or {}), "grad_clip": grad_clip, "amp_dtype": str(amp_dtype),
             "ema_decay": ema_decay,
         }  # fmt: skip
+        if lr_schedule != "constant":
+            settings["epochs"] = epochs
         if optimizer is None:
             if not (lr > 0 and math.isfinite(lr)):
                 raise ValueError(f"lr: expected a positive number, got {lr}")
             settings["lr"] = lr
             optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=device.type in ("cpu", "cuda"))
+        elif checkpoints is not None:
+            settings["optimizer"] = [type(optimizer).__name__, optimizer_state(optimizer)[1]["groups"]]
         saver = None
         if checkpoints is not None:
             saver = Saver(checkpoints, keep, settings, every=checkpoint_every)
@@ -228,6 +231,8 @@ def fit(
         finally:
             if step.ema is not None:
                 step.ema.copy_to(model)
+            if scheduler is not None:
+                _reset_lr(optimizer)
     return run.history
 
 
@@ -243,7 +248,7 @@ class _Run:
     shown: Progress
     board: Board
     requests: StopRequests
-    evaluate_every: int | None
+    evaluate_every: int
     time_limit: float | None
     patience: int | None
     log_every: int
@@ -259,6 +264,8 @@ class _Run:
         self.epoch, self.batch, self.steps, self.elapsed = 1, 0, 0, 0.0
         self.history = History()
         self.best, self.best_step, self.evaluations_since = math.inf, 0, 0
+        # Torch's generator at the beginning of the epoch, of data that draws from it.
+        self.loader_random: Tensor | None = None
         self.started = self.epoch_started = time.perf_counter()
         self.next_look, self.looked, self.looked_at = 1, self.started, 0
 
@@ -278,7 +285,7 @@ class _Run:
         self.shown.start_epoch(self.epoch, self.batch)
         self.epoch_started = time.perf_counter() - self.elapsed
         first = self.batch
-        for values, images in self._steps(first):
+        for values, images in self._until_stopped(self._steps(first)):
             self.steps, self.batch = self.steps + 1, self.batch + 1
             self.shown.step(values, images * self.world)
             if self.steps % self.log_every == 0:
@@ -297,6 +304,16 @@ class _Run:
         if over and self.epoch <= self.epochs:
             self.history.reason = "time"
 
+    def _until_stopped(self, steps: Iterator[tuple[dict[str, Tensor], int]]) -> Iterator[tuple[dict[str, Tensor], int]]:
+        """The steps; an error that a signal brought about, as in a DataLoader's workers, counts as the signal."""
+        try:
+            yield from steps
+        except RuntimeError as error:
+            if self.world > 1 or not self.requests.received:
+                raise
+            self._save()
+            raise Interrupted(self.requests.received) from error
+
     def _steps(self, first: int) -> Iterator[tuple[dict[str, Tensor], int]]:
         """The steps of the epoch from batch `first` on: what each returns, and the rows of this process."""
         source = self.step.source
@@ -308,9 +325,28 @@ class _Run:
             for _ in range(first, source.steps):
                 yield self.step(), rows
             return
-        for batch, _ in profiling.each("data", self.batches.epoch(self.seed, self.epoch, first)):
+        for batch in profiling.each("data", self._epoch(first)):
             seed = random.derive_seed(self.seed, self.steps + 1)
             yield self.step(batch, seed=seed, row_offset=self.rank * len(batch)), len(batch)
+
+    def _epoch(self, first: int) -> Iterator[Tensor]:
+        """This process's batches of the epoch, from batch `first` on."""
+        if not self.batches.decides_itself:
+            for batch, _ in self.batches.epoch(self.seed, self.epoch, first):
+                yield batch
+            return
+        # A DataLoader draws its order from torch's generator: it has to begin where it began.
+        now = torch.get_rng_state()
+        if first and self.loader_random is not None:
+            torch.set_rng_state(self.loader_random)
+        self.loader_random = torch.get_rng_state()
+        batches = self.batches.epoch(self.seed, self.epoch)
+        for _ in islice(batches, first):
+            pass
+        if first:
+            torch.set_rng_state(now)
+        for batch, _ in batches:
+            yield batch
 
     def _end_epoch(self, whole: bool, last: bool = False) -> None:
         means = self.step.means()
@@ -321,6 +357,7 @@ class _Run:
         last = last or not whole or self.epoch == self.epochs
         evaluated = self.test_batches is not None and (last or self.epoch % self.evaluate_every == 0)
         if evaluated:
+            self._share_buffers()
             model = self.step.model if self.step.ema is None else self.step.ema.module
             tested = _evaluate(model, self.test_batches, self.seed)
             row |= {f"test_{name}": value for name, value in tested.items()}
@@ -344,6 +381,13 @@ class _Run:
             if self.on_epoch is not None:
                 self.on_epoch(row)
         self.shown.end_epoch(row)
+
+    def _share_buffers(self) -> None:
+        """DDP gives rank 0's to all before each step; after the last one each process has its own."""
+        if self.world > 1:
+            distributed.share_buffers(self.step.model)
+            if self.step.ema is not None:
+                distributed.share_buffers(self.step.ema.module)
 
     def _must_look(self) -> bool:
         every = None if self.saver is None else self.saver.every
@@ -406,12 +450,6 @@ class _Run:
         return "; no checkpoint was written" if path is None else f"; the last good checkpoint is {path}"
 
 
-def _evaluate_every(train: int | None, test: int | None) -> int:
-    """Epochs between evaluations such that they take less than 5% of the time."""
-    # An evaluated image costs up to half of one that is trained on.
-    return 1 if not train or test is None else max(1, math.ceil(15 * test / train))
-
-
 def _scheduler(
     optimizer: torch.optim.Optimizer, schedule: Schedule, warmup: int, epochs: int, steps_per_epoch: int | None
 ) -> LambdaLR | None:
@@ -430,11 +468,28 @@ def _scheduler(
     return LambdaLR(optimizer, factor)
 
 
+def _reset_lr(optimizer: torch.optim.Optimizer) -> None:
+    """Take the schedule back, or the optimizer's next run would begin where this one's ended."""
+    for group in optimizer.param_groups:
+        lr = group.pop("initial_lr")
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
 @contextmanager
 def _matmul_precision(precision: Precision | None) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    if precision is not None:
-        torch.set_float32_matmul_precision(precision)
+    if precision is None:
+        yield
+        return
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError as error:
+        # Torch refuses to read its older setting once the newer one was written to.
+        message = f"matmul_precision: expected None where torch.backends...fp32_precision is set, got {precision!r}"
+        raise ValueError(message) from error
+    torch.set_float32_matmul_precision(precision)
     try:
         yield
     finally:
@@ -486,6 +541,9 @@ def _evaluate(model: nn.Module, batches: ImageBatches, seed: int) -> dict[str, f
     with evaluating(model):
         for batch, first in batches.epoch(seed, 0):
             if len(batch) == 0:
+                if distributed.is_sharded(model):
+                    # The other processes wait for this one's part of the weights.
+                    model.loss(batch.new_zeros(1, *batch.shape[1:]), seed=noise_seed)
                 continue
             values = model.loss(batch, seed=noise_seed, row_offset=first)
             row = torch.stack([value.to(sums.device, torch.float64) for value in values.values()] + [sums.new_ones(())])

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["Saver"]
 
 # A save is due once this many times its own duration has passed: 2% of the time at most.
-_PATIENCE = 50
+_SAVE_BUDGET = 50
 # Within an epoch at least this many seconds lie between two saves.
 _WITHIN_EPOCH = 600.0
 _SHARDS = "shards"
@@ -94,10 +94,11 @@ class Saver:
                 f"resume: {latest} is of torch {loaded.state['torch']}, this is {torch.__version__}: the run goes on, "
                 "but not bit for bit", stacklevel=3,
             )  # fmt: skip
+        there = loaded.state["settings"]
         different = [
-            f"{name} {loaded.state['settings'].get(name)!r} there, {value!r} here"
-            for name, value in self.settings.items()
-            if loaded.state["settings"].get(name) != value
+            f"{name} {there.get(name)!r} there, {self.settings.get(name)!r} here"
+            for name in {**there, **self.settings}
+            if there.get(name) != self.settings.get(name)
         ]
         if different:
             raise ValueError(f"resume: {latest} is of a run with other settings: {'; '.join(different)}")
@@ -138,6 +139,7 @@ class Saver:
             step.ema.module.load_state_dict(tensors["ema"])
         step.load_state(tensors["step"], state["step"])
         load_random_state(tensors["random"])
+        run.loader_random = tensors.get("loader", {}).get("random")
         for name in _PLACE:
             setattr(run, name, state["place"][name])
         run.history.extend(state["history"])
@@ -151,7 +153,7 @@ class Saver:
             return False
         if self.every is not None:
             return steps % self.every == 0
-        wait = max(_PATIENCE * self.duration, _WITHIN_EPOCH if within_epoch else 0.0)
+        wait = max(_SAVE_BUDGET * self.duration, _WITHIN_EPOCH if within_epoch else 0.0)
         return time.perf_counter() - self.saved_at >= wait
 
     def save(self, step: TrainStep, run: _Run) -> None:
@@ -164,6 +166,8 @@ class Saver:
             "place": {name: getattr(run, name) for name in _PLACE},
         }  # fmt: skip
         tensors = {"step": step_tensors, "random": random_state()}
+        if run.loader_random is not None:
+            tensors["loader"] = {"random": run.loader_random}
         if step.ema is not None:
             tensors["ema"] = step.ema.module.state_dict()
         if distributed.is_sharded(step.model):

@@ -43,7 +43,10 @@ class StopRequests:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in self._SIGNALS}
+            # Known before anything is installed: a signal may come at any line.
+            self._before = {number: signal.getsignal(number) for number in self._SIGNALS}
+            for number in self._SIGNALS:
+                signal.signal(number, self._note)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -56,6 +59,7 @@ class StopRequests:
             self._restore(number)
 
     def _restore(self, number: int) -> None:
-        handler = self._before.pop(number)
+        handler = self._before.get(number)
         # None stands for a handler that was not installed from Python, which Python cannot put back.
         signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._before.pop(number, None)

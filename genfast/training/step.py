@@ -33,7 +33,8 @@ class TrainStep:
     """Loss, backward, clipping, optimizer and moving average on one batch, without waiting for the device.
 
     A step whose loss or gradients are NaN or infinite changes nothing: not the weights, nor the optimizer's state, the
-    buffers or the average. That is decided on the device, where the optimizer's kernel can skip its update (``fused``
+    average, or buffers that are written to in place. That is decided on the device, where the optimizer's kernel can
+    skip its update (``fused``
     Adam, AdamW and SGD); with any other optimizer the host reads one flag a step. `failed` tells which step it was.
 
     Under torch.distributed the gradients are averaged over the processes: by DDP, which is set up here, or by FSDP2 for
@@ -44,7 +45,9 @@ class TrainStep:
         optimizer: over the model's parameters.
         mode: "eager"; "compile": the model's loss is compiled first; "graph": the whole step, optimizer included, is
             one CUDA graph, captured at the fourth step and replayed from then on for batches of the same shape; "auto":
-            "graph" on a CUDA device where that is possible, else "eager".
+            "graph" for a genfast model on a CUDA device where that is possible, else "eager". The Python of a captured
+            loss runs four times, and what it decided at the fourth stays; of the optimizer's options only the learning
+            rate, which becomes a tensor, may change afterwards.
         compile: compile the model's loss first, in whichever mode.
         source: what `DeviceDataset.feed` made: a step called without a batch takes the next one from there.
         micro_batches: split each batch into so many; their gradients add up. Each draws the noise of its own rows, so
@@ -57,7 +60,9 @@ class TrainStep:
         ema_decay: keep a moving average of the weights in `ema`; see `EMA`.
 
     Raises:
-        ValueError: an argument is out of range, or mode "graph" is impossible here.
+        ValueError: an argument is out of range, or mode is "graph" without a CUDA device. (With several processes, an
+            optimizer that is not a fused one, or a loss that waits for the device, a warning says why steps run
+            eagerly.)
 
     Example:
         >>> class Mean(nn.Module):
@@ -95,6 +100,8 @@ class TrainStep:
             raise ValueError(f"grad_clip: expected a positive number or None, got {grad_clip}")
         if amp_dtype not in (None, torch.bfloat16, torch.float16):
             raise ValueError(f"amp_dtype: expected torch.bfloat16, torch.float16 or None, got {amp_dtype}")
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise ValueError("scheduler: expected one that counts steps, got ReduceLROnPlateau, which needs a metric")
         self.model, self.optimizer, self.scheduler, self.source = model, optimizer, scheduler, source
         self.micro_batches, self.grad_clip, self.amp_dtype = micro_batches, grad_clip, amp_dtype
         self.loss_options = dict(loss_options or {})
@@ -107,11 +114,14 @@ class TrainStep:
         # With dampening a first step differs from the others, also where those before it were skipped.
         dampened = any(group.get("dampening") for group in optimizer.param_groups)
         self._skips_alone = fused and not dampened and not self._sharded
+        # Each option is a constant of the graph, the learning rate aside.
+        self._constants: dict[str, Any] = {}
+        self._rates: list[Tensor] = []
         self.mode = self._choose(mode)
 
         self._loss = self._loss_of(model, compile or mode == "compile")
         self.ema = None if ema_decay is None else EMA(model, ema_decay)
-        self._buffers = [] if self._sharded else list(model.buffers())
+        self._buffers = list(model.buffers())
         with torch.device(self.device):
             # Steps taken, and the first one that failed or 0.
             self._taken, self._failed = torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.int64)
@@ -131,6 +141,9 @@ class TrainStep:
                 raise ValueError(f"mode: expected a model on a CUDA device for 'graph', got one on {self.device}")
             return "eager"
         obstacle = self._obstacle()
+        if obstacle is None and mode == "auto" and not isinstance(self.model, Model):
+            # Python in the loss of somebody's own model would run no more after the capture.
+            return "eager"
         if obstacle is not None:
             if mode == "graph":
                 warnings.warn(f"mode graph: {obstacle}; steps run eagerly", stacklevel=4)
@@ -138,13 +151,35 @@ class TrainStep:
         for group in self.optimizer.param_groups:
             # A float would be a constant of the graph.
             group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=self.device)
+            self._rates.append(group["lr"])
             if "capturable" in group:
                 group["capturable"] = True
+        self._constants = self._options()
         # Torch would warn that the steps before the capture are not captured.
         self.optimizer._warned_capturable_if_run_uncaptured = True
         return "graph"
 
+    def _options(self) -> dict[str, Any]:
+        """What a captured step cannot follow when it changes."""
+        groups = [
+            {key: value for key, value in group.items() if key not in ("params", "lr", "initial_lr")}
+            for group in self.optimizer.param_groups
+        ]
+        return {"groups": groups, "loss_options": dict(self.loss_options)}
+
+    def _follow_options(self) -> None:
+        """Bring changed learning rates into the graph; leave it for good if another option has changed."""
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            if group["lr"] is not rate:
+                group["lr"] = rate.fill_(group["lr"])
+        if self._options() != self._constants:
+            warnings.warn("mode graph: options have changed that a graph holds fixed; steps run eagerly", stacklevel=5)
+            self.mode = "eager"
+
     def _obstacle(self) -> str | None:
+        compiled = getattr(self.model, "_compile_options", {})
+        if compiled.get("mode") in ("reduce-overhead", "max-autotune"):
+            return f"the model is compiled with mode {compiled['mode']!r}, which has graphs of its own"
         if distributed.ranks()[1] > 1:
             return "the gradients are exchanged with other processes"
         if not self._skips_alone or not all(group.get("fused") for group in self.optimizer.param_groups):
@@ -155,10 +190,11 @@ class TrainStep:
     def _loss_of(self, model: nn.Module, compiled: bool) -> Callable[..., dict[str, Tensor]]:
         if compiled and isinstance(model, Model):
             model.compile()
-        if distributed.ranks()[1] > 1 and not self._sharded:
-            return distributed.data_parallel(model, self.device)
         # nn.Module.compile covers forward alone.
-        return torch.compile(model.loss) if compiled and not isinstance(model, Model) else model.loss
+        loss = torch.compile(model.loss) if compiled and not isinstance(model, Model) else model.loss
+        if distributed.ranks()[1] > 1 and not self._sharded:
+            return distributed.data_parallel(model, loss, self.device)
+        return loss
 
     @profiling.annotate("step")
     def __call__(
@@ -179,6 +215,8 @@ class TrainStep:
         Raises:
             ValueError: there is neither a batch nor a source, or an empty batch.
         """
+        if self.mode == "graph":
+            self._follow_options()
         if batch is None:
             if self.source is None:
                 raise ValueError("batch: expected a tensor, for this step was made without a source, got None")
@@ -255,6 +293,8 @@ class TrainStep:
                 )  # fmt: skip
                 with autocast:
                     parts = self._loss(piece, seed=seed, row_offset=row_offset, **self.loss_options)
+                if self._sums is None:
+                    _check_parts(parts)
                 loss = parts["loss"]
                 # The share of a finite loss, and NaN for any other, whose gradients might be finite.
                 gradient = loss.detach() * 0 + share
@@ -312,10 +352,10 @@ class TrainStep:
             self._sums = torch.zeros(len(values) + 1, dtype=torch.float64, device=self.device)
         # fp64: sums over a large set would otherwise lose the digits that are reported.
         row = torch.stack([value.to(self.device, torch.float64) for value in values.values()] + [self._one()])
-        self._sums += torch.where(accepted, row, 0.0) * rows
+        self._sums += torch.where(accepted & finite, row, 0.0) * rows
         self._taken += 1
         # With a loss scale, gradients that overflow are part of the search for the scale.
-        fine = finite & (self._scale >= _SMALLEST_SCALE) if self.amp_dtype is torch.float16 else accepted
+        fine = finite & (self._scale >= _SMALLEST_SCALE if self.amp_dtype is torch.float16 else accepted)
         self._failed.copy_(torch.where(fine | (self._failed > 0), self._failed, self._taken))
 
     def _one(self) -> Tensor:
@@ -373,7 +413,10 @@ class TrainStep:
         self._scale.copy_(tensors["scale"])
         self._growth.copy_(tensors["growth"])
         self._names = list(rest["names"])
-        self._sums = tensors["sums"].to(self.device) if "sums" in tensors else None
+        if "sums" in tensors and self._sums is not None:
+            self._sums.copy_(tensors["sums"])
+        else:
+            self._sums = tensors["sums"].to(self.device) if "sums" in tensors else None
         if self._sums is not None and distributed.ranks()[0] > 0:
             # They are of all processes: rank 0 carries them on.
             self._sums.zero_()
@@ -381,6 +424,20 @@ class TrainStep:
             self.ema.updates.copy_(tensors["ema_updates"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(_with_tensors(rest["scheduler"], self.scheduler.state_dict()))
+
+
+def _check_parts(parts: Any) -> None:
+    named = isinstance(parts, Mapping) and "loss" in parts
+    if named and all(isinstance(value, Tensor) and value.dim() == 0 for value in parts.values()):
+        return
+    got = _described(parts)
+    if isinstance(parts, Mapping):
+        got = {name: _described(value) for name, value in parts.items()}
+    raise TypeError(f"model.loss: expected a dict of scalar tensors with 'loss' among them, got {got}")
+
+
+def _described(value: Any) -> str:
+    return f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _full(tensor: Tensor) -> Tensor:
@@ -391,6 +448,8 @@ def _full(tensor: Tensor) -> Tensor:
 def _without_tensors(value: Any) -> Any:
     """A scheduler's state for JSON: where learning rates are tensors, it keeps some."""
     if isinstance(value, dict):
+        if not all(isinstance(key, str) for key in value):
+            raise ValueError(f"scheduler: expected one whose state JSON can hold, got one with the keys {list(value)}")
         return {key: _without_tensors(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_without_tensors(item) for item in value]
