@@ -63,7 +63,8 @@ def images(tmp_path_factory):
 def run(tmp_path_factory):
     """The folder of a short run of the default data, and what the command printed."""
     cwd = tmp_path_factory.mktemp("cwd")
-    done = genfast_command("train", "vae", *"--epochs 2 --batch-size 500 --evaluate-every 1".split(), cwd=cwd)
+    options = ("--epochs", "2", "--batch-size", "500", "--evaluate-every", "1")
+    done = genfast_command("train", "vae", *options, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return cwd / "runs" / "vae-digits", done
 

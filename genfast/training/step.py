@@ -34,8 +34,8 @@ class TrainStep:
 
     A step whose loss or gradients are NaN or infinite changes nothing: not the weights, nor the optimizer's state, the
     average, or buffers that are written to in place. That is decided on the device, where the optimizer's kernel can
-    skip its update (``fused``
-    Adam, AdamW and SGD); with any other optimizer the host reads one flag a step. `failed` tells which step it was.
+    skip its update (``fused`` Adam, AdamW and SGD); with any other optimizer the host reads one flag a step. `failed`
+    tells which step it was.
 
     Under torch.distributed the gradients are averaged over the processes: by DDP, which is set up here, or by FSDP2 for
     a model that `shard` has split. Every process takes the same number of steps with batches of one size.
@@ -311,8 +311,7 @@ class TrainStep:
         """Gradients are averaged over the processes once a step, after the last micro-batch."""
         if isinstance(self._loss, nn.parallel.DistributedDataParallel) and not last:
             return self._loss.no_sync()
-        if self._sharded:
-            self.model.set_requires_gradient_sync(last)
+        # A sharded model's are after each: kept whole until the last, they would take the memory that sharding saves.
         return nullcontext()
 
     def _update(self, norm: Tensor, accepted: Tensor) -> None:

@@ -278,7 +278,9 @@ OTHER = {
     "batch_size": ({"batch_size": 4}, "settings: batch_size 8 there, 4 here$"),
     "seed": ({"seed": 6}, "settings: seed 5 there, 6 here$"),
     "lr": ({"lr": 1e-2}, r"settings: lr 0\.001 there, 0\.01 here$"),
-    "lr_schedule": ({"lr_schedule": "cosine"}, "settings: lr_schedule 'constant' there, 'cosine' here; epochs None there, 3 here$"),
+    "lr_schedule": (
+        {"lr_schedule": "cosine"}, "lr_schedule 'constant' there, 'cosine' here; epochs None there, 3 here$",
+    ),
     "two": ({"warmup_steps": 1, "grad_clip": 1.0}, r"settings: warmup_steps 0 .*, 1 here; grad_clip None .* here$"),
     "amp_dtype": ({"amp_dtype": torch.bfloat16}, r"settings: amp_dtype 'None' there, 'torch\.bfloat16' here$"),
     "ema_decay": ({"ema_decay": 0.9}, r"settings: ema_decay None there, 0\.9 here$"),
