@@ -367,8 +367,7 @@ class ImageBatches:
         batch_size: images per batch, over all processes.
         device: where the batches are wanted.
         train: shuffled, and a last, smaller batch is left out (shuffling leaves out others in the next epoch).
-            Otherwise in order, and all images. An `IterableDataset` is never shuffled, and keeps its last batch, except
-            in training on several processes, whose parts of it would differ in size.
+            Otherwise in order, and all images. An `IterableDataset` is never shuffled.
         shard: (rank, world): each process gets the rank-th of `world` equal ranges of each batch; its part of a last,
             smaller one may be empty.
 
@@ -486,9 +485,8 @@ class ImageBatches:
             yield _images_of(batch)[self._offset : self._offset + self._share], place
 
     def _stream(self) -> DataLoader:
-        drop_last = self.train and self.shard[1] > 1
         # A generator of its own, or the loader would draw from torch's.
-        return DataLoader(self.data, self.batch_size, drop_last=drop_last, generator=torch.Generator())
+        return DataLoader(self.data, self.batch_size, drop_last=self.train, generator=torch.Generator())
 
     def _from_loader(self, epoch: int, first: int) -> Iterator[tuple[Tensor, int]]:
         for sampler in (self.data.sampler, self.data.batch_sampler):

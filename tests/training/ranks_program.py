@@ -337,25 +337,27 @@ def sharded(folder):
         shutil.copytree(folder / "shards", folder / "for four")
     dist.barrier()
     found["resumed"] = split(resume=True, **options)
-    train(counted(), epochs=1, checkpoints=folder / "whole")
-    whole = {"checkpoints": folder / "whole", "resume": True}
-    found["whole resumed by shards"] = message_of(ValueError, split, **whole)
-    found["shards resumed whole"] = message_of(ValueError, whole_from, options)
+    unsplit(epochs=1, checkpoints=folder / "whole")
+    found["whole resumed by shards"] = message_of(ValueError, split, checkpoints=folder / "whole", resume=True)
+    found["shards resumed whole"] = message_of(ValueError, unsplit, resume=True, **options)
     found["ema"] = message_of(ValueError, split, ema_decay=0.9)
+    tests, whole_model, sharded_model = load_dataset("digits").test[TESTED], small(), small()
+    shard(sharded_model)
+    found["evaluated"] = [evaluate(model, tests, batch_size=BATCH, seed=4) for model in (whole_model, sharded_model)]
     found["failure"] = message_of(FloatingPointError, split, data=OneBad(20))
     return found
-
-
-def whole_from(options):
-    """A model that is not sharded, with the optimizer that the sharded one had."""
-    model = counted()
-    return train(model, optimizer=torch.optim.Adam(model.parameters(), lr=1e-3), resume=True, **options)
 
 
 def split(at=0, then=None, **options):
     """`train` of a model whose parameters are split over the processes."""
     model = counted(at, then)
     shard(model, [model.fc1, model.fc4])
+    return train(model, optimizer=torch.optim.Adam(model.parameters(), lr=1e-3), **options)
+
+
+def unsplit(**options):
+    """The same of a whole model, with the optimizer of a sharded one."""
+    model = counted()
     return train(model, optimizer=torch.optim.Adam(model.parameters(), lr=1e-3), **options)
 
 

@@ -250,6 +250,12 @@ def test_a_sharded_model_trains_as_a_whole_one(name, sharded):
     assert_agree(*(same([process[kind][name] for process in sharded[0]]) for kind in ("fsdp", "ddp")))
 
 
+def test_a_sharded_model_is_evaluated_where_a_process_has_no_images(sharded):
+    for process in sharded[0]:
+        whole, split = process["evaluated"]
+        assert split == pytest.approx(whole, rel=LOSS.rtol)
+
+
 def test_a_sharded_models_resume_is_bit_for_bit(sharded):
     for process in sharded[0]:
         assert process["message"] == "stopped by SIGTERM"

@@ -239,6 +239,12 @@ def test_patience_counts_on_over_a_resume(tmp_path):
     assert (history.reason, len(history)) == ("early", 6)
 
 
+def test_patience_counts_evaluations():
+    _, history = drift(patience=2, evaluate_every=2)
+    assert [row.get("test_loss") for row in history] == [None, 2, None, 2, None, 10]
+    assert history.reason == "early"
+
+
 def test_patience_that_ends_with_the_last_epoch_is_no_early_stop():
     _, history = drift(patience=2, epochs=5)
     assert (history.reason, len(history)) == ("finished", 5)

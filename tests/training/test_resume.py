@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.data import IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import genfast
 from genfast import random
@@ -70,6 +70,9 @@ RUNS = {
     "dynamic binarization, all options": (vae, DeviceDataset(IMAGES, binarize="dynamic"), SCHEDULED),
     "dropout and batch norm": (Denoiser, TensorDataset(IMAGES), {"ema_decay": 0.9, "lr_schedule": "linear"}),
     "stream": (Denoiser, Stream(IMAGES), {"warmup_steps": 7}),
+    "loader that shuffles": (
+        Denoiser, DataLoader(TensorDataset(IMAGES), BATCH, shuffle=True, drop_last=True), {"ema_decay": 0.9},
+    ),
     "no seed": (vae, IMAGES, {"seed": None}),
     "bfloat16": (vae, IMAGES, {"amp_dtype": torch.bfloat16}),
     "float16": (vae, IMAGES, {"amp_dtype": torch.float16}),
