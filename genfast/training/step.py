@@ -27,6 +27,8 @@ Mode = Literal["auto", "eager", "compile", "graph"]
 _INITIAL_SCALE, _GROWTH_INTERVAL = 2.0**16, 2000
 # Below this the fp16 gradients are not small but broken.
 _SMALLEST_SCALE = 2.0**-14
+# Gradients that are all 0 would let it grow for ever.
+_LARGEST_SCALE = 2.0**32
 
 
 class TrainStep:
@@ -341,7 +343,7 @@ class TrainStep:
             self.optimizer.step()
         if self.amp_dtype is torch.float16:
             grown = self._growth + 1 == _GROWTH_INTERVAL
-            self._scale.mul_(torch.where(accepted, torch.where(grown, 2.0, 1.0), 0.5))
+            self._scale.mul_(torch.where(accepted, torch.where(grown, 2.0, 1.0), 0.5)).clamp_(max=_LARGEST_SCALE)
             self._growth.copy_(torch.where(accepted & ~grown, self._growth + 1, 0))
 
     def _account(self, values: dict[str, Tensor], rows: int, accepted: Tensor, finite: Tensor) -> None:

@@ -306,9 +306,6 @@ def killed(folder):
     train(counted(11, die), epochs=10**6, checkpoints=folder / "checkpoints", checkpoint_every=2, keep=3)
 
 
-SHARDED = {"plain": {}, "clipped, in pieces": {"grad_clip": 20.0, "micro_batches": 2}}
-
-
 def restarted(folder):
     """The last process dies in the middle of a run, the first time; torchrun starts all again."""
     rank, world = ranks()
@@ -320,6 +317,9 @@ def restarted(folder):
             os.kill(os.getpid(), signal.SIGKILL)
 
     return train(counted(11, die), epochs=3, checkpoints=folder / "checkpoints", checkpoint_every=4, resume=True)
+
+
+SHARDED = {"plain": {}, "clipped, in pieces": {"grad_clip": 20.0, "micro_batches": 2}}
 
 
 def sharded(folder):
