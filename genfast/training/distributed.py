@@ -111,6 +111,16 @@ def from_first(value: _T) -> _T:
     return values[0]
 
 
+def from_all(value: _T) -> list[_T]:
+    """What each process has, by rank."""
+    _, world = ranks()
+    if world == 1:
+        return [value]
+    values: list[Any] = [None] * world
+    dist.all_gather_object(values, value)
+    return values
+
+
 def share_buffers(model: nn.Module) -> None:
     """Give all processes rank 0's buffers."""
     for buffer in model.buffers():

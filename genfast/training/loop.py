@@ -187,6 +187,7 @@ def fit(
             steps_per_epoch = len(batches)
         except TypeError:
             steps_per_epoch = None
+        _check_lengths(steps_per_epoch)
         settings = {
             # For this every byte is read.
             "data": None if checkpoints is None else batches.describe(),
@@ -448,6 +449,14 @@ class _Run:
     def _last_checkpoint(self) -> str:
         path = None if self.saver is None else self.saver.latest()
         return "; no checkpoint was written" if path is None else f"; the last good checkpoint is {path}"
+
+
+def _check_lengths(steps: int | None) -> None:
+    """Processes that do not take as many steps as the others would wait for ever."""
+    known = -1 if steps is None else steps
+    most, fewest = distributed.largest([known, -known])
+    if most != -fewest:
+        raise ValueError(f"data: expected as many batches on every process, got {-fewest} to {most}")
 
 
 def _scheduler(

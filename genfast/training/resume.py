@@ -138,7 +138,9 @@ class Saver:
         if step.ema is not None:
             step.ema.module.load_state_dict(tensors["ema"])
         step.load_state(tensors["step"], state["step"])
-        load_random_state(tensors["random"])
+        own = f"rank{self.rank}."
+        states = {name.removeprefix(own): state for name, state in tensors["random"].items() if name.startswith(own)}
+        load_random_state(states)
         run.loader_random = tensors.get("loader", {}).get("random")
         for name in _PLACE:
             setattr(run, name, state["place"][name])
@@ -165,7 +167,10 @@ class Saver:
             "model": _model_name(step.model), "step": step_rest, "history": list(run.history),
             "place": {name: getattr(run, name) for name in _PLACE},
         }  # fmt: skip
-        tensors = {"step": step_tensors, "random": random_state()}
+        # A generator for each process: dropout draws from it.
+        states = enumerate(distributed.from_all(random_state()))
+        random = {f"rank{rank}.{name}": state for rank, named in states for name, state in named.items()}
+        tensors = {"step": step_tensors, "random": random}
         if run.loader_random is not None:
             tensors["loader"] = {"random": run.loader_random}
         if step.ema is not None:
