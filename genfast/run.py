@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,13 @@ _FILES = (
     "run.json", "config.json", "model.safetensors", "metrics.jsonl", "samples.png", "reconstructions.png",
     "curves.png", "manifold.png", "interpolation.png", "evaluation.json", "samples-*.png",
 )  # fmt: skip
+_MODEL = ("model.safetensors", "config.json")
 # What a run that is being replaced has in folders, until the new one has saved a model.
 _ASIDE = {CHECKPOINTS: ".checkpoints-before", TENSORBOARD: ".tensorboard-before"}
 # Where that goes to be deleted: half of it must not come back.
 _TRASH = "-deleted"
+# The new run's run.json; it takes that name as the one act by which the new run replaces the old one.
+_PENDING = ".run.json-new"
 
 
 def check_out(out: Path | None, overwrite: bool, resume: bool) -> None:
@@ -133,6 +136,8 @@ class RunFolder:
         # An attempt to replace the run that was killed before it had saved a model.
         self.put_back()
         self.old = [] if resume else [path for pattern in _FILES for path in folder.glob(pattern)]
+        if self.old:
+            self._write(_PENDING, "running")
         for name, aside in _ASIDE.items() if self.old else ():
             # Where there is none, an empty one: what then stands in its place is the new run's.
             (folder / name).mkdir(exist_ok=True)
@@ -143,7 +148,10 @@ class RunFolder:
 
     def put_back(self) -> None:
         """Give the run that was to be replaced its folders again, and forget what the new one wrote there."""
+        replaced = not (self.folder / _PENDING).exists()
         for name, aside in _ASIDE.items():
+            if replaced:
+                self._delete(aside)
             shutil.rmtree(self.folder / (aside + _TRASH), ignore_errors=True)
             if not (self.folder / aside).is_dir():
                 continue
@@ -152,6 +160,7 @@ class RunFolder:
             with suppress(OSError):
                 # Only if it is empty.
                 (self.folder / name).rmdir()
+        (self.folder / _PENDING).unlink(missing_ok=True)
 
     def give_up(self, status: str) -> None:
         """After an error: leave what the folder held before, or `status` if this run has written a checkpoint."""
@@ -165,27 +174,36 @@ class RunFolder:
 
     def write_settings(self, status: str) -> None:
         """Write run.json, unless the run that is to be replaced is still there."""
-        if self.old:
-            return
-        with replacing(self.folder / "run.json") as temporary:
+        if not self.old:
+            self._write("run.json", status)
+
+    def _write(self, name: str, status: str) -> None:
+        with replacing(self.folder / name) as temporary:
             temporary.write_text(json.dumps({**self.settings, "status": status}, indent=2) + "\n")
 
     def save_model(self, model: nn.Module) -> None:
         """Write the model as it is."""
-        model.save_pretrained(self.folder)
-        self._replace_old()
+        with tempfile.TemporaryDirectory(dir=self.folder, prefix=".model-") as complete:
+            model.save_pretrained(complete)
+            self._take_model({name: Path(complete) / name for name in _MODEL})
 
     def copy_model(self, ema: bool) -> bool:
         """Take the model out of the last checkpoint, unless that has been done; False if there is none."""
         latest = self._latest()
         if latest is None or latest == self._copied:
             return latest is not None
-        for name, target in (("ema" if ema else "model") + ".safetensors", "model.safetensors"), ("config.json",) * 2:
-            with replacing(self.folder / target) as temporary:
-                shutil.copyfile(latest / name, temporary)
+        weights = latest / ("ema.safetensors" if ema else "model.safetensors")
+        self._take_model(dict(zip(_MODEL, (weights, latest / "config.json"), strict=True)))
         self._copied = latest
-        self._replace_old()
         return True
+
+    def _take_model(self, files: dict[str, Path]) -> None:
+        """Copy a model's files into the folder; the first one ends the run that is to be replaced."""
+        with ExitStack() as stack:
+            for name, path in files.items():
+                shutil.copyfile(path, stack.enter_context(replacing(self.folder / name)))
+            # On a full disk the copies have failed by now, with the old run whole.
+            self._replace_old()
 
     def history(self) -> list[dict[str, float]]:
         """The rows of metrics.jsonl that belong to the last checkpoint: those of a run that goes on."""
@@ -206,11 +224,16 @@ class RunFolder:
         if not self.old:
             return
         old, self.old = self.old, []
-        for aside in _ASIDE.values():
-            (self.folder / aside).rename(self.folder / (aside + _TRASH))
-        self.write_settings("running")
+        os.replace(self.folder / _PENDING, self.folder / "run.json")
         for path in old:
-            if path.name not in ("run.json", "config.json", "model.safetensors"):
+            if path.name != "run.json":
                 path.unlink(missing_ok=True)
         for aside in _ASIDE.values():
-            shutil.rmtree(self.folder / (aside + _TRASH), ignore_errors=True)
+            self._delete(aside)
+
+    def _delete(self, aside: str) -> None:
+        trash = self.folder / (aside + _TRASH)
+        shutil.rmtree(trash, ignore_errors=True)
+        with suppress(FileNotFoundError):
+            (self.folder / aside).rename(trash)
+        shutil.rmtree(trash, ignore_errors=True)

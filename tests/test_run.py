@@ -1,6 +1,12 @@
 """The folder of a run: what may be written where, and a run that is replaced is whole until there is another."""
 
 import json
+import os
+import re
+import shutil
+import signal
+import sys
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -91,7 +97,8 @@ def test_a_run_is_replaced_at_the_first_model(saves, old):
     run.write_settings("running")
     run.write_metrics([{"epoch": 1}])
     files = {name: text for name, text in before.items() if "/" not in name}
-    assert {name: text for name, text in contents(old).items() if "/" not in name} == files
+    kept = {name: text for name, text in contents(old).items() if "/" not in name and not name.startswith(".")}
+    assert kept == files
     save_checkpoint(old, 1, model(width=5))
     (old / TENSORBOARD).mkdir()
     (old / TENSORBOARD / "newer").touch()
@@ -137,20 +144,47 @@ def test_a_run_that_was_not_replaced_is_put_back(how, wrote, lacking, old):
     assert not [path.name for path in old.iterdir() if path.name.startswith(".")]
 
 
-def test_a_run_killed_while_it_replaced_another_has_its_own_folders(old):
-    """The old folders go at once, by a new name, and what is left under that name is deleted by the next command."""
-    run = RunFolder(old, {"genfast": "new"})
-    save_checkpoint(old, 1, model(width=5))
-    aside = [path for path in old.iterdir() if path.name.startswith(".")]
-    assert len(aside) == 2
-    run.copy_model(ema=False)
-    for path in aside:
-        left = path.with_name(path.name + "-deleted")
-        left.mkdir()
-        (left / "rest").touch()
-    RunFolder(old, {"genfast": "new"}, resume=True)
-    assert Checkpoints(old / CHECKPOINTS).steps() == [1]
-    assert not [path.name for path in old.iterdir() if path.name.startswith(".")]
+def killed_before(operation, folder):
+    """Replace the run in `folder` in a child that dies before its n-th change of a name; whether it came so far."""
+    child = os.fork()
+    if child == 0:
+        changes = count()
+
+        def die(event, _):
+            # Of renames too that a rename within a rename makes.
+            if event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir") and next(changes) == operation:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(die)
+        run = RunFolder(folder, {"genfast": "new"})
+        save_checkpoint(folder, 1, NEW)
+        run.copy_model(ema=False)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+NEW = model(width=5)
+
+
+def test_a_run_killed_at_any_moment_while_it_replaces_another_is_one_of_the_two(old, tmp_path):
+    before, ends = contents(old), []
+    for operation in count():
+        folder = tmp_path / str(operation)
+        shutil.copytree(old, folder)
+        if not killed_before(operation, folder):
+            break
+        # The next command that trains there.
+        now = read_settings(folder)["genfast"]
+        RunFolder(folder, {"genfast": now}, resume=True)
+        ends.append(now)
+        if now == "old":
+            # But for a file that was never finished, whose name begins with the process that is no more.
+            assert {name: text for name, text in contents(folder).items() if not re.match(r"\.\d", name)} == before
+        else:
+            assert Checkpoints(folder / CHECKPOINTS).steps() == [1]
+        assert not [path.name for path in folder.iterdir() if path.name.startswith((".run", ".check", ".tensor"))]
+    assert ends == sorted(ends, reverse=True)
+    assert set(ends) == {"old", "new"}
 
 
 def test_giving_up(old, tmp_path):
