@@ -39,6 +39,7 @@ class History(list[dict[str, float]]):
 
     Attributes:
         reason: "finished", "early" (`patience`) or "time" (`time_limit`).
+        best_step: the step of the smallest test loss, whose checkpoint `patience` keeps; None without an evaluation.
 
     Example:
         >>> History([{"epoch": 1, "loss": 100.0}]).reason
@@ -46,6 +47,7 @@ class History(list[dict[str, float]]):
     """
 
     reason: Literal["finished", "early", "time"] = "finished"
+    best_step: int | None = None
 
 
 def fit(
@@ -371,6 +373,7 @@ class _Run:
             improved = row.get("test_loss", math.inf) < self.best
             if improved:
                 self.best, self.best_step, self.evaluations_since = row["test_loss"], self.steps, 0
+                self.history.best_step = self.steps
             elif evaluated:
                 self.evaluations_since += 1
             last = last or self._too_patient()

@@ -145,6 +145,7 @@ class Saver:
         for name in _PLACE:
             setattr(run, name, state["place"][name])
         run.history.extend(state["history"])
+        run.history.best_step = run.best_step or None
         run.next_look = run.steps + 1
         run.looked_at = self.saved_step = run.steps
         self.loaded = None

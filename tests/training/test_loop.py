@@ -219,13 +219,13 @@ def drift(folder=None, steps=1, **options):
 def test_patience_ends_the_run_and_the_best_checkpoint_stays(tmp_path):
     model, history = drift(tmp_path, patience=2, keep=1)
     assert [row["test_loss"] for row in history] == [5, 2, 1, 2, 5]
-    assert history.reason == "early"
+    assert (history.reason, history.best_step) == ("early", 3)
     assert Checkpoints(tmp_path).steps() == [3, 5]
     assert read(tmp_path / "step-00000003").tensors["model"]["place"] == 3
     assert model.place.item() == 5
     # It stays early as long as nothing changes, and goes on with more patience.
     _, again = drift(tmp_path, patience=2, keep=1, resume=True)
-    assert (again.reason, len(again)) == ("early", 5)
+    assert (again.reason, len(again), again.best_step) == ("early", 5, 3)
     _, longer = drift(tmp_path, patience=4, keep=1, resume=True)
     assert (longer.reason, [row["epoch"] for row in longer]) == ("early", [1, 2, 3, 4, 5, 6, 7])
     assert Checkpoints(tmp_path).steps() == [3, 7]
