@@ -101,8 +101,8 @@ def train(
     matmul_precision: Annotated[str | None, typer.Option(help="Of fp32 products: highest, high or medium.")] = None,
     channels_last: Annotated[bool, typer.Option("--channels-last", help="Memory format of convolutions.")] = False,
     time: Annotated[float | None, typer.Option(help="Stop after so many seconds.")] = None,
-    patience: Annotated[int | None, typer.Option(min=1, help="Stop after epochs without a better test loss.")] = None,
-    evaluate_every: Annotated[int | None, typer.Option(min=1, help="Epochs; default: at a cost below 5%.")] = None,
+    patience: Annotated[int | None, typer.Option(min=1, help="Stop after evaluations without a better loss.")] = None,
+    evaluate_every: Annotated[int | None, typer.Option(min=1, help="Epochs; default: what costs below 5%.")] = None,
     checkpoint_every: Annotated[int | None, typer.Option(min=1, help="Steps; default: at a cost below 2%.")] = None,
     keep: Annotated[int, typer.Option(min=1, help="How many checkpoints are kept.")] = 2,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write scalars and samples for it.")] = False,
@@ -114,7 +114,7 @@ def train(
     """Train a model; write it, its metrics and pictures into the run's folder. Under torchrun, on many devices."""
     options = SimpleNamespace(**{name: value for name, value in locals().items() if name != "context"})
     if resume and overwrite:
-        raise ValueError("--resume: expected it without --overwrite")
+        raise ValueError("--overwrite: expected none with --resume, which continues the run, got both")
     if resume:
         check_out(out, overwrite, resume)
         given = {name for name in vars(options) if context.get_parameter_source(name).name != "DEFAULT"}
@@ -208,7 +208,7 @@ def _train(options: SimpleNamespace, where: torch.device) -> None:
 
     def keep(row: dict[str, float]) -> None:
         history.append(row)
-        run.copy_model(ema=options.ema_decay is not None)
+        run.copy_model()
         run.write_metrics(history)
 
     try:
@@ -220,7 +220,9 @@ def _train(options: SimpleNamespace, where: torch.device) -> None:
             images = f"{len(train_data):,} + {len(test_data):,} images"
             processes = "" if training.ranks()[1] == 1 else f", {training.ranks()[1]} processes"
             at = f"{parameters:,} parameters on {where}{processes}"
-            print(f"{options.family}: {at}; {splits.name}: {images}; {folder}", flush=True)
+            latest = training.Checkpoints(folder / CHECKPOINTS).latest() if options.resume else None
+            resumed = "" if latest is None else f", from {latest.name}"
+            print(f"{options.family}: {at}; {splits.name}: {images}; {folder}{resumed}", flush=True)
         status, code = _fit(options, model, train_data, test_data, loss_options, folder, keep)
         if first:
             if all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
@@ -236,7 +238,7 @@ def _train(options: SimpleNamespace, where: torch.device) -> None:
     except FloatingPointError as error:
         if not first:
             raise
-        kept = _kept(run, options)
+        kept = _kept(run)
         run.give_up("diverged")
         raise FloatingPointError(f"{error}; {kept}") from error
     except Exception:
@@ -250,6 +252,8 @@ def _train(options: SimpleNamespace, where: torch.device) -> None:
         if not run.old and code != 128 + signal.SIGTERM:
             title = f"{options.family}, {Path(options.data).name}"
             _write_pictures(model, test_data, folder, history, title=title, seed=options.seed)
+        if status == "interrupted":
+            print(f"to go on: genfast train {options.family} --out {folder} --resume")
         print(f"{status}: {folder}")
     if code:
         raise typer.Exit(code)
@@ -275,15 +279,17 @@ def _fit(
         )  # fmt: skip
     except training.Interrupted as error:
         return "interrupted", 128 + error.signal
+    if result.reason == "early" and training.ranks()[0] == 0:
+        print(f"the best checkpoint: {training.Checkpoints(folder / CHECKPOINTS).path(result.best_step)}")
     return {"early": "stopped early", "time": "out of time"}.get(result.reason, "finished"), 0
 
 
-def _kept(run: RunFolder, options: SimpleNamespace) -> str:
+def _kept(run: RunFolder) -> str:
     """Which model the folder of a run that diverged holds, in words."""
     if run.old:
         return f"{run.folder} still holds the run that it held"
-    if not run.copy_model(ema=options.ema_decay is not None):
-        return "there is no model to keep"
+    if not run.copy_model():
+        return f"there is no model to keep, and --overwrite begins anew in {run.folder}"
     return f"its model is in {run.folder}"
 
 

@@ -187,13 +187,12 @@ class RunFolder:
             model.save_pretrained(complete)
             self._take_model({name: Path(complete) / name for name in _MODEL})
 
-    def copy_model(self, ema: bool) -> bool:
+    def copy_model(self) -> bool:
         """Take the model out of the last checkpoint, unless that has been done; False if there is none."""
         latest = self._latest()
         if latest is None or latest == self._copied:
             return latest is not None
-        weights = latest / ("ema.safetensors" if ema else "model.safetensors")
-        self._take_model(dict(zip(_MODEL, (weights, latest / "config.json"), strict=True)))
+        self._take_model({name: latest / name for name in _MODEL})
         self._copied = latest
         return True
 

@@ -241,7 +241,7 @@ def test_an_error_through_the_real_command(tmp_path):
         (["train", "vae", "--checkpoint-every", "0"], "--checkpoint-every"),
         (["train", "vae", "--resume"], "--resume: expected --out with the folder of a run, got none"),
         (["train", "vae", "--resume", "--out", "nonesuch"], "of a run, got nonesuch, which holds none"),
-        (["train", "vae", "--resume", "--overwrite"], "--resume: expected it without --overwrite"),
+        (["train", "vae", "--resume", "--overwrite"], "--overwrite: expected none with --resume"),
         (["train", "vae", "--binarize", "perhaps"], "binarize: expected one of none, threshold, dynamic"),
         (["train", "vae", "--preset", "transformer"], "preset"),
         (["train", "vae", "--likelihood", "poisson"], "likelihood"),
@@ -671,7 +671,7 @@ def copied(finished, tmp_path):
         (["--lr-schedule", "cosine"], "--lr-schedule: expected that of the run, constant, got cosine"),
         (["--amp", "bf16"], "--amp: expected that of the run, None, got bf16"),
         (["--no-fused"], "--fused: expected that of the run, None, got False"),
-        (["--overwrite"], "--resume: expected it without --overwrite"),
+        (["--overwrite"], "--overwrite: expected none with --resume"),
     ],
 )
 def test_a_resumed_run_refuses_other_options_by_name(options, expected, capsys, finished):

@@ -42,7 +42,7 @@ def old(tmp_path):
     folder.mkdir()
     run = RunFolder(folder, {"genfast": "old"})
     save_checkpoint(folder, 9, model(), [{"epoch": 1}])
-    run.copy_model(ema=False)
+    run.copy_model()
     run.write_metrics([{"epoch": 1}])
     run.write_settings("finished")
     for name in OLD - {path.name for path in folder.iterdir()}:
@@ -58,7 +58,7 @@ def test_a_fresh_run(tmp_path):
     assert not any(tmp_path.iterdir())
     run.write_settings("running")
     assert read_settings(tmp_path) == {"genfast": "1", "lr": 0.1, "status": "running"}
-    assert not run.copy_model(ema=False)
+    assert not run.copy_model()
     assert run.history() == []
     run.write_metrics([{"epoch": 1, "loss": 2.0}, {"epoch": 2, "loss": 1.0}])
     assert [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [2.0, 1.0]
@@ -71,22 +71,20 @@ def test_a_fresh_run(tmp_path):
 
 def test_the_model_is_that_of_the_last_checkpoint(tmp_path):
     run = RunFolder(tmp_path, {})
-    weights, average = model(), model()
-    torch.nn.init.ones_(average.fc1.weight)
-    save_checkpoint(tmp_path, 3, weights, [{"epoch": 1}], ema=average.state_dict())
-    for ema, expected in ((False, weights), (True, average)):
-        run.write_settings("running")
-        assert run.copy_model(ema=ema)
-        assert torch.equal(registry.load(tmp_path).fc1.weight, expected.fc1.weight)
-        run = RunFolder(tmp_path, {}, resume=True)
-        assert run.history() == [{"epoch": 1}]
+    weights = model()
+    save_checkpoint(tmp_path, 3, weights, [{"epoch": 1}])
+    run.write_settings("running")
+    assert run.copy_model()
+    assert torch.equal(registry.load(tmp_path).fc1.weight, weights.fc1.weight)
+    run = RunFolder(tmp_path, {}, resume=True)
+    assert run.history() == [{"epoch": 1}]
     # Once for each checkpoint.
-    assert run.copy_model(ema=True)
+    assert run.copy_model()
     (tmp_path / "model.safetensors").unlink()
-    assert run.copy_model(ema=True)
+    assert run.copy_model()
     assert not (tmp_path / "model.safetensors").exists()
     save_checkpoint(tmp_path, 4, model(width=5))
-    assert run.copy_model(ema=False)
+    assert run.copy_model()
     assert registry.load(tmp_path).fc1.out_features == 5
 
 
@@ -106,7 +104,7 @@ def test_a_run_is_replaced_at_the_first_model(saves, old):
     if saves is RunFolder.save_model:
         run.save_model(model(width=5))
     else:
-        run.copy_model(ema=False)
+        run.copy_model()
     assert read_settings(old) == {"genfast": "new", "status": "running"}
     assert registry.load(old).fc1.out_features == 5
     assert {path.name for path in old.iterdir()} == {
@@ -158,7 +156,7 @@ def killed_before(operation, folder):
         sys.addaudithook(die)
         run = RunFolder(folder, {"genfast": "new"})
         save_checkpoint(folder, 1, NEW)
-        run.copy_model(ema=False)
+        run.copy_model()
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 

@@ -215,6 +215,7 @@ class Feed:
     Attributes:
         steps: batches per epoch.
         row_offset: place of this process's first row in each batch.
+        left: batches of this epoch that `TrainStep` has not taken yet.
 
     Raises:
         ValueError: `data` is not resident or smaller than a batch; or as for `DeviceDataset.batches`.
@@ -237,6 +238,7 @@ class Feed:
         self.steps = len(data) // batch_size
         # A row for each batch: its seed, then which images it holds.
         self._table = torch.zeros(self.steps, 1 + share, dtype=torch.int64, device=data.device)
+        self.left = 0
         # Out of range, so that nothing can be taken before `start`.
         self._counter = torch.full((1,), self.steps, dtype=torch.int64, device=data.device)
         self._pixels: Tensor | None = None
@@ -265,6 +267,7 @@ class Feed:
         self._table[:, 0].copy_(random.derive_seeds(self.seed, (epoch - 1) * self.steps + 1, self.steps))
         self._table[:, 1:].copy_(rows)
         self._counter.fill_(first)
+        self.left = self.steps - first
         if self._pixels is not None:
             self._draw(self._pixels, epoch)
 

@@ -166,8 +166,8 @@ def fit(
     if time_limit is not None and not time_limit > 0:
         raise ValueError(f"time_limit: expected a positive number of seconds, got {time_limit}")
     if patience is not None and (patience < 1 or test_data is None):
-        expected = "a positive int" if patience < 1 else "test_data to judge by"
-        raise ValueError(f"patience: expected {expected}, got {patience}")
+        expected = "a positive int" if patience < 1 else "test_data with it"
+        raise ValueError(f"patience: expected {expected}, got {patience if patience < 1 else None}")
     if resume and checkpoints is None:
         raise ValueError("resume: expected the folder of checkpoints with it, got checkpoints=None")
     with ExitStack() as stack:
@@ -181,6 +181,10 @@ def fit(
         if channels_last:
             model.to(memory_format=torch.channels_last)
         batches = ImageBatches(data, batch_size, device, train=True, shard=shard)
+        if not batches.decides_itself and micro_batches > batch_size // shard[1]:
+            raise ValueError(
+                f"micro_batches: expected at most the {batch_size // shard[1]} images of a batch, got {micro_batches}"
+            )
         test_batches = None
         if test_data is not None:
             # Without gradients there is room for more at once.
@@ -226,6 +230,8 @@ def fit(
         run.requests, run.evaluate_every = requests, evaluate_every
         if saver is not None:
             saver.restore(step, run)
+            if run.epoch - 1 > epochs:
+                raise ValueError(f"epochs: expected at least the {run.epoch - 1} that are done, got {epochs}")
         stack.enter_context(_matmul_precision(matmul_precision))
         run.board = stack.enter_context(Board(tensorboard if rank == 0 else None, run.steps))
         run.shown = stack.enter_context(Progress(epochs, steps_per_epoch, progress and rank == 0))
@@ -292,7 +298,7 @@ class _Run:
             self.steps, self.batch = self.steps + 1, self.batch + 1
             self.shown.step(values, images * self.world)
             if self.steps % self.log_every == 0:
-                self.board.step(self.steps, values)
+                self.board.step(self.steps, {**values, "lr": self.step.optimizer.param_groups[0]["lr"]})
             # After the last batch that is for the end of the epoch, where its row is made.
             if self.batch != self.steps_per_epoch and self._must_look() and self._look():
                 # Saved first: a resumed run goes on within this epoch, without the row of its part.
@@ -301,7 +307,8 @@ class _Run:
                 self.history.reason = "time"
                 return
         if self.batch == 0:
-            raise ValueError("data: no images came in a whole epoch")
+            size = self.batches.batch_size
+            raise ValueError(f"data: no images came in a whole epoch, or fewer than a batch of {size}")
         over = self._look(epoch_ends=True)
         self._end_epoch(whole=True, last=over)
         if over and self.epoch <= self.epochs:

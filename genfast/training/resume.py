@@ -132,11 +132,12 @@ class Saver:
         if sharded:
             self._read_shards(step)
         else:
-            _check_model(path, state["model"], step.model, tensors["model"])
-            step.model.load_state_dict(tensors["model"])
+            weights = tensors.get("raw", tensors["model"])
+            _check_model(path, state["model"], step.model, weights)
+            step.model.load_state_dict(weights)
             load_optimizer_state(step.optimizer, tensors["optimizer"], state["optimizer"])
         if step.ema is not None:
-            step.ema.module.load_state_dict(tensors["ema"])
+            step.ema.module.load_state_dict(tensors["model"])
         step.load_state(tensors["step"], state["step"])
         own = f"rank{self.rank}."
         states = {name.removeprefix(own): state for name, state in tensors["random"].items() if name.startswith(own)}
@@ -175,12 +176,13 @@ class Saver:
         if run.loader_random is not None:
             tensors["loader"] = {"random": run.loader_random}
         if step.ema is not None:
-            tensors["ema"] = step.ema.module.state_dict()
+            # The averaged weights are the model's, for whoever loads it.
+            tensors |= {"model": step.ema.module.state_dict(), "raw": step.model.state_dict()}
         if distributed.is_sharded(step.model):
             self._write_sharded(run.steps, step, state, tensors)
         elif self.rank == 0:
             optimizer_tensors, state["optimizer"] = optimizer_state(step.optimizer)
-            tensors |= {"model": step.model.state_dict(), "optimizer": optimizer_tensors}
+            tensors = {"model": step.model.state_dict(), "optimizer": optimizer_tensors, **tensors}
             texts = {"config.json": step.model.config_json()} if isinstance(step.model, Model) else {}
             self.checkpoints.save(run.steps, state, tensors, texts)
         if self.rank == 0:

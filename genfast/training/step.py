@@ -108,6 +108,10 @@ class TrainStep:
         self.micro_batches, self.grad_clip, self.amp_dtype = micro_batches, grad_clip, amp_dtype
         self.loss_options = dict(loss_options or {})
         self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if not {id(parameter) for parameter in self._parameters} & {id(parameter) for parameter in model.parameters()}:
+            raise ValueError("optimizer: expected one over parameters of the model, got one over none of them")
+        if not callable(getattr(model, "loss", None)):
+            raise TypeError(f"model: expected a loss(x, *, seed, row_offset), got a {type(model).__name__} without one")
         self.device = self._parameters[0].device
         self._sharded = distributed.is_sharded(model)
         if self._sharded and ema_decay is not None:
@@ -221,7 +225,10 @@ class TrainStep:
             self._follow_options()
         if batch is None:
             if self.source is None:
-                raise ValueError("batch: expected a tensor, for this step was made without a source, got None")
+                raise ValueError("batch: expected a tensor where the step has no source, got None")
+            if self.source.left == 0:
+                raise ValueError("source: expected start(epoch) before this step, got none, or no batch is left of it")
+            self.source.left -= 1
             advance = self._advance_from_source
             values = self._replay(advance) if self.mode == "graph" else advance()
         else:

@@ -576,7 +576,7 @@ def test_errors(model, images):
     with pytest.raises(ValueError, match="ema_decay: expected a number between 0 and 1, got 1"):
         TrainStep(model, optimizer, ema_decay=1)
     step = TrainStep(model, optimizer)
-    with pytest.raises(ValueError, match="batch: expected a tensor, for this step was made without a source, got None"):
+    with pytest.raises(ValueError, match="batch: expected a tensor where the step has no source, got None"):
         step()
     with pytest.raises(ValueError, match=r"batch: expected at least one row, got shape \[0, 1, 28, 28\]"):
         step(images[:0])

@@ -90,7 +90,7 @@ def test_scalars_and_samples(tmp_path):
     parts = {"loss", "nll", "kl", "grad_norm"}
     epochs = {f"epoch/{name}" for name in (*parts, "seconds", "images_per_second")}
     tests = {f"test/{name}" for name in ("loss", "nll", "kl", "elbo")}
-    assert set(scalars) == {f"step/{name}" for name in parts} | epochs | tests
+    assert set(scalars) == {f"step/{name}" for name in (*parts, "lr")} | epochs | tests
     assert all(steps(scalars[f"step/{name}"]) == [3, 6, 9, 12] for name in parts)
     for tag in epochs | tests:
         name = tag.removeprefix("epoch/").replace("test/", "test_")
