@@ -750,7 +750,7 @@ def test_the_averaged_weights_are_the_model(capsys, tiny, tmp_path, in_step):
     for _ in range(2):
         model = (tmp_path / "model.safetensors").read_bytes()
         latest = Checkpoints(tmp_path / "checkpoints").latest()
-        assert model == (latest / "ema.safetensors").read_bytes() != (latest / "model.safetensors").read_bytes()
+        assert model == (latest / "model.safetensors").read_bytes() != (latest / "raw.safetensors").read_bytes()
         assert registry.load(tmp_path).latent_dim == 20
         succeeds(capsys, "train", "vae", "--resume", "--out", tmp_path)
     assert latest.name == "step-00000008"
@@ -784,7 +784,7 @@ def test_a_run_that_is_replaced_stays_until_the_new_one_has_a_model(capsys, copi
     with pytest.raises(Killed):
         main([str(word) for word in again])
     # Its files are where they were; the next command puts its folders back.
-    assert {path: text for path, text in contents(copied).items() if path.parent == Path()} == {
+    assert {path: text for path, text in contents(copied).items() if path.parent == Path() and path.name[0] != "."} == {
         path: text for path, text in before.items() if path.parent == Path()
     }
     assert "--overwrite" in fails(capsys, *train(tiny, copied))

@@ -196,8 +196,14 @@ class TrainStep:
     def _loss_of(self, model: nn.Module, compiled: bool) -> Callable[..., dict[str, Tensor]]:
         if compiled and isinstance(model, Model):
             model.compile()
-        # nn.Module.compile covers forward alone.
-        loss = torch.compile(model.loss) if compiled and not isinstance(model, Model) else model.loss
+
+        def loss(x: Tensor, **options: Any) -> dict[str, Tensor]:
+            # Looked up each time: the model may be compiled after the step was made.
+            return model.loss(x, **options)
+
+        if compiled and not isinstance(model, Model):
+            # nn.Module.compile covers forward alone.
+            loss = torch.compile(model.loss)
         if distributed.ranks()[1] > 1 and not self._sharded:
             return distributed.data_parallel(model, loss, self.device)
         return loss
