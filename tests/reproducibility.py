@@ -468,7 +468,7 @@ def _torch_training(
     model = _model(weights, fused=False).to(device)
     if compiled:
         model.compile()
-    loss_of = data_parallel(model, torch.device(device)) if world > 1 else model.loss
+    loss_of = data_parallel(model, model.loss, torch.device(device)) if world > 1 else model.loss
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
     sampler = DistributedSampler(images, world, rank, seed=SEED)
     loader = DataLoader(images, batch_size // world, sampler=sampler)

@@ -157,7 +157,7 @@ def test_a_stream_trains(one, many):
 def test_a_streams_last_smaller_batch_is_left_out(two):
     for process in two:
         assert process["shorter stream"]["history"] == process["uneven stream"]["history"]
-        assert process["short stream"] == "data: no images came in a whole epoch"
+        assert process["short stream"].startswith("data: no images came in a whole epoch, or fewer than a batch of")
 
 
 def test_a_loader_brings_its_own_sampler(two):
