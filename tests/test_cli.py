@@ -2,12 +2,10 @@
 
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +13,12 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import genfast
 from genfast.__main__ import main
 from genfast.models import VAE, AutoEncoder, registry
 from genfast.training import Checkpoints
+from tests.stopping import calls_in_steps, full_disk
 
 COMMAND = [sys.executable, "-m", "genfast"]
 PICTURES = {"samples.png", "reconstructions.png", "curves.png"}
@@ -518,23 +516,9 @@ def in_step():
     """`in_step(3, action)` calls it within the third optimizer step from then on."""
     # Where the tests run in the background, SIGINT may be ignored.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    handles = []
-
-    def register(step, *actions):
-        taken = []
-
-        def count(*_):
-            taken.append(1)
-            if len(taken) == step:
-                for action in actions:
-                    action()
-
-        handles.append(register_optimizer_step_post_hook(count))
-
-    yield register
+    with calls_in_steps() as register:
+        yield register
     signal.signal(signal.SIGINT, before)
-    for handle in handles:
-        handle.remove()
 
 
 def interrupt():
@@ -806,17 +790,6 @@ def test_a_replaced_run_leaves_nothing(capsys, copied, tiny, in_step):
     succeeds(capsys, *again)
     assert names(copied) == PICTURES | MODEL | RECORDS | {"interpolation.png"}
     assert names(copied / "checkpoints") == {"step-00000004"}
-
-
-@contextmanager
-def full_disk(size):
-    """No file grows beyond `size` bytes: as a full disk, an error of the write itself."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_full_disk(capsys, tiny, copied, tmp_path):

@@ -133,6 +133,7 @@ class TrainStep:
             self._taken, self._failed = torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.int64)
             scale = _INITIAL_SCALE if amp_dtype is torch.float16 else 1.0
             self._scale, self._growth = torch.tensor(scale), torch.zeros((), dtype=torch.int64)
+            self._one = torch.ones((), dtype=torch.float64)
         self._names: list[str] = []
         self._sums: Tensor | None = None
         self._captured: Captured[dict[str, Tensor]] | None = None
@@ -365,15 +366,12 @@ class TrainStep:
             self._names = list(values)
             self._sums = torch.zeros(len(values) + 1, dtype=torch.float64, device=self.device)
         # fp64: sums over a large set would otherwise lose the digits that are reported.
-        row = torch.stack([value.to(self.device, torch.float64) for value in values.values()] + [self._one()])
+        row = torch.stack([value.to(self.device, torch.float64) for value in values.values()] + [self._one])
         self._sums += torch.where(accepted & finite, row, 0.0) * rows
         self._taken += 1
         # With a loss scale, gradients that overflow are part of the search for the scale.
         fine = finite & (self._scale >= _SMALLEST_SCALE if self.amp_dtype is torch.float16 else accepted)
         self._failed.copy_(torch.where(fine | (self._failed > 0), self._failed, self._taken))
-
-    def _one(self) -> Tensor:
-        return torch.ones((), dtype=torch.float64, device=self.device)
 
     def failed(self) -> int:
         """The first step, from 1, whose loss or gradients were NaN or infinite; 0 if none. Waits for the device.

@@ -58,6 +58,15 @@ class Waiting(Noisy):
         return parts
 
 
+class Refusing(Noisy):
+    """What a look for waiting does not find."""
+
+    def loss(self, x, **options):
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("not in a graph")
+        return super().loss(x, **options)
+
+
 def vae():
     torch.manual_seed(0)
     return VAE(latent_dim=8, hidden_dims=(128,)).to(DEVICE)
@@ -293,21 +302,25 @@ def test_another_shape_runs_eagerly_in_between(images):
     assert torch.equal(own, kept)
 
 
-def test_a_loss_that_cannot_be_captured_trains_on(images):
+@pytest.mark.parametrize(
+    ("kind", "at", "reason"),
+    [(Waiting, CAPTURE - 1, "waits for the device"), (Refusing, CAPTURE, r"cannot be captured \(not in a graph\)")],
+)
+def test_a_loss_that_cannot_be_captured_trains_on(kind, at, reason, images):
     """One warning that says why; then torch, its random numbers and the current stream are as before."""
-    graph, eager = pair(noisy(Waiting))
+    graph, eager = pair(noisy(kind))
     data = batches(images, 12)
-    agree(graph, eager, data[: CAPTURE - 1])
+    agree(graph, eager, data[: at - 1])
     stream = torch.cuda.current_stream()
-    with pytest.warns(UserWarning, match="mode graph: the step cannot be captured") as found:
-        agree(graph, eager, data[CAPTURE - 1 : CAPTURE], first=CAPTURE - 1)
+    with pytest.warns(UserWarning, match=f"mode graph: the step {reason}") as found:
+        agree(graph, eager, data[at - 1 : at], first=at - 1)
     assert len(found) == 1
     assert "previous error" not in str(found[0].message)
     assert torch.cuda.current_stream() == stream
     assert torch.rand(3, device=DEVICE).isfinite().all()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        agree(graph, eager, data[CAPTURE:], first=CAPTURE)
+        agree(graph, eager, data[at:], first=at)
         graph(data[0])
     assert not captured(graph)
     again, other = pair(noisy())
@@ -323,7 +336,10 @@ def test_what_a_graph_is_not_for(images):
     assert step.mode == "eager"
     assert step(images[:BATCH], seed=0)["loss"].isfinite()
     assert TrainStep(model, plain, mode="auto").mode == "eager"
-    assert TrainStep(model, Adam(model.parameters(), fused=True), mode="auto").mode == "graph"
+    # Python in somebody's own loss would stop running unasked.
+    assert TrainStep(model, Adam(model.parameters(), fused=True), mode="auto").mode == "eager"
+    known = vae()
+    assert TrainStep(known, Adam(known.parameters(), fused=True), mode="auto").mode == "graph"
 
 
 def test_a_graph_goes_on_from_a_checkpoint(images):

@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-import resource
 import shutil
 import signal
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from genfast import random
 from genfast.models import VAE, AutoEncoder
 from genfast.training import Checkpoints, DeviceDataset, Interrupted, evaluate, read
 from genfast.training.resume import Saver
+from tests.stopping import full_disk
 
 TIMES = {"seconds", "images_per_second"}
 # 5 steps an epoch and 3 images that are left out; of the stream these are a sixth batch.
@@ -394,17 +394,6 @@ def test_a_checkpoint_loads_as_a_model(tmp_path):
     loaded = VAE.from_pretrained(Checkpoints(tmp_path).latest())
     assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
     assert evaluate(loaded, TEST, batch_size=8 * BATCH, seed=5)["loss"] == history[-1]["test_loss"]
-
-
-@contextmanager
-def full_disk(size):
-    """No file grows beyond `size` bytes: as a full disk, an error of the write itself."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(uninterrupted, tmp_path):

@@ -2,15 +2,16 @@
 
 import signal
 import threading
+from functools import partial
 
 import pytest
 import torch
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import genfast
 from genfast.models import VAE
 from genfast.training import Checkpoints, Interrupted
 from genfast.training.signals import StopRequests
+from tests.stopping import calls_in_steps
 
 IMAGES = torch.randint(0, 256, (24, 1, 6, 6), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
 BOTH = [signal.SIGTERM, signal.SIGINT]
@@ -32,22 +33,8 @@ def handlers():
 @pytest.fixture
 def in_step():
     """`in_step(2, signal.SIGINT, ...)`: these are raised one after the other within the second step from then on."""
-    handles = []
-
-    def register(step, *numbers):
-        taken = []
-
-        def raise_them(*_):
-            taken.append(1)
-            if len(taken) == step:
-                for number in numbers:
-                    signal.raise_signal(number)
-
-        handles.append(register_optimizer_step_post_hook(raise_them))
-
-    yield register
-    for handle in handles:
-        handle.remove()
+    with calls_in_steps() as register:
+        yield lambda step, *numbers: register(step, *(partial(signal.raise_signal, number) for number in numbers))
 
 
 def fit(folder, **options):
