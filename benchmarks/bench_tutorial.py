@@ -97,7 +97,8 @@ def _compiled_resident() -> Epoch:
     @torch.compile(mode="reduce-overhead")
     def loss_of(images: Tensor) -> Tensor:
         x = images.float() / 255
-        return loss_function(*_reordered(model(x), x))
+        recon, mu, logvar = model(x)
+        return loss_function(recon, x, mu, logvar)
 
     def epoch() -> float:
         total, steps = torch.zeros((), device=DEVICE), len(data) // BATCH
@@ -112,11 +113,6 @@ def _compiled_resident() -> Epoch:
         return float(total) / (steps * BATCH)
 
     return epoch
-
-
-def _reordered(outputs: tuple[Tensor, Tensor, Tensor], x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    recon, mu, logvar = outputs
-    return recon, x, mu, logvar
 
 
 def _fit(fused_adam: bool = True, compile: bool = False, mode: str = "eager") -> Epoch:
