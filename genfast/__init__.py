@@ -10,14 +10,18 @@ __version__ = "0.1.0"
 # Imported on first use, so that `import genfast` costs next to nothing over `import torch`.
 _LAZY = {
     "VAE": "genfast.models",
+    "DDPM": "genfast.models",
     "AutoEncoder": "genfast.models",
+    "UNet": "genfast.models",
     "fit": "genfast.training",
 }
-_SUBMODULES = ("functional", "integrations", "models", "profiling", "random", "reference", "training")
+_SUBMODULES = ("functional", "integrations", "models", "profiling", "random", "reference", "schedules", "training")
 
 __all__ = [
+    "DDPM",
     "VAE",
     "AutoEncoder",
+    "UNet",
     "__version__",
     "fit",
     "functional",
@@ -26,12 +30,13 @@ __all__ = [
     "profiling",
     "random",
     "reference",
+    "schedules",
     "training",
 ]
 
 if TYPE_CHECKING:
-    from genfast import functional, integrations, models, profiling, random, reference, training
-    from genfast.models import VAE, AutoEncoder
+    from genfast import functional, integrations, models, profiling, random, reference, schedules, training
+    from genfast.models import DDPM, VAE, AutoEncoder, UNet
     from genfast.training import fit
 
 

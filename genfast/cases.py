@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from genfast import functional, reference
+from genfast import functional, reference, schedules
+from genfast.functional.q_sample import Noised, entries
 from genfast.random import Stream, as_seed, normal
 
 Inputs = dict[str, Tensor]
@@ -43,22 +45,27 @@ class Tolerance:
 # unit in the last place of 16 bits (a whole one where the interpreter truncates bf16). Their absolute part is the
 # error of one normal (none, 5e-7 interpreted, 4e-6 with the sine and cosine of the hardware) times 10: the standard
 # deviations and incoming gradients of the inputs below multiply it by at most that.
+# Losses are means of squares of pred - target, so an error d of the noise shows as 2 d |pred - target|, which is at most
+# rtol loss + d^2 / rtol.
 _SUMS = Tolerance(1e-6)
 TOLERANCES = {
     "reference": {
         "sums": _SUMS,
+        "losses": Tolerance(5e-6, 1e-6),
         torch.float32: Tolerance(1e-6, 2e-6),
         torch.bfloat16: Tolerance(2**-8, 2e-6),
         torch.float16: Tolerance(2**-11, 2e-6),
     },
     "interpreted": {
         "sums": _SUMS,
+        "losses": Tolerance(1e-5, 3e-6),
         torch.float32: Tolerance(1e-6, 5e-6),
         torch.bfloat16: Tolerance(2**-7, 5e-6),
         torch.float16: Tolerance(2**-11, 5e-6),
     },
     "triton": {
         "sums": _SUMS,
+        "losses": Tolerance(2e-5, 1e-4),
         torch.float32: Tolerance(2e-6, 4e-5),
         torch.bfloat16: Tolerance(2**-8, 4e-5),
         torch.float16: Tolerance(2**-11, 4e-5),
@@ -80,7 +87,9 @@ class Case:
     `inputs(shape, dtype, device, generator)` makes tensors of shape [B, ...]; `fused`, `eager` and `exact` take them.
     `eager` is the chain that open-source code uses, `exact` the reference in fp64. `moves` counts the elements read
     or written, forward and backward, for each element of the main tensor. `sums` are the outputs that are per-sample
-    results; `roundings` how often an element is rounded to the input's dtype.
+    results, `losses` those among them that noise enters; `roundings` how often an element is rounded to the input's
+    dtype. `noisy`: the op makes its own noise; `comparable`: the eager chain has the same. `differentiable`: some input
+    takes a gradient.
     """
 
     op: str
@@ -92,19 +101,24 @@ class Case:
     moves: tuple[float, float]
     outputs: tuple[str, ...]
     sums: frozenset[str] = field(default_factory=frozenset)
+    losses: frozenset[str] = field(default_factory=frozenset)
     roundings: int = 1
-
-    @property
-    def noisy(self) -> bool:
-        """Whether the op makes its own noise."""
-        return "z" in self.outputs and self.setting != "eps"
+    noisy: bool = False
+    comparable: bool = True
+    differentiable: bool = True
 
     def tolerance(self, path: str, dtype: torch.dtype, output: str | None = None) -> Tolerance:
         """What is allowed for an output, or for a gradient if None, on a path."""
+        if output in self.losses:
+            return TOLERANCES[path]["losses"]
         if output in self.sums:
             return TOLERANCES[path]["sums"]
         one = TOLERANCES[path][dtype]
         return Tolerance(self.roundings * one.rtol, one.atol if self.noisy else NOISELESS_ATOL)
+
+    def scale(self, output: str, inputs: Inputs) -> int:
+        """A size for the incoming gradient of an output that makes gradients of a size that tolerances are made for."""
+        return max(1, next(iter(inputs.values()))[:1].numel()) if output in self.losses else 1
 
     @property
     def name(self) -> str:
@@ -116,9 +130,13 @@ def wide(inputs: Inputs) -> Inputs:
     return {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
 
 
+# Targets, noise, coefficients and times.
+_CONSTANTS = ("x", "eps", "a", "b", "t", "t_prev", "x_prev")
+
+
 def differentiable(inputs: Inputs) -> list[str]:
     """Names of the inputs that take a gradient."""
-    return [name for name, x in inputs.items() if x.is_floating_point() and name not in ("x", "eps")]
+    return [name for name, x in inputs.items() if x.is_floating_point() and name not in _CONSTANTS]
 
 
 def _gaussian(names: tuple[str, ...], channels: int = 1) -> Callable[..., Inputs]:
@@ -151,9 +169,10 @@ def _images(binary: bool) -> Callable[..., Inputs]:
     return make
 
 
-def _noise(like: Tensor) -> Tensor:
+def _noise(like: Tensor, stream: Stream = Stream.LATENT, salt: int | Tensor = 0) -> Tensor:
+    """What the ops draw from the seed of all cases."""
     columns = like[0].numel() if like.shape[0] else 0
-    return normal(as_seed(SEED, like.device), like.shape[0], columns, Stream.LATENT).reshape(like.shape)
+    return normal(as_seed(SEED, like.device), like.shape[0], columns, stream, salt=salt).reshape(like.shape)
 
 
 def _reparameterize(setting: str, **options: Any) -> list[Case]:
@@ -193,8 +212,9 @@ def _reparameterize(setting: str, **options: Any) -> list[Case]:
         ("reparameterize_kl_packed", _gaussian(("h",), channels=2)),
     ):
         make = _with_eps(make) if given else make
-        moves = (3.0 + given, 5.0 + given)
-        cases.append(Case(op, setting, make, fused, eager, exact, moves, ("z", "kl"), frozenset({"kl"})))
+        moves, sums = (3.0 + given, 5.0 + given), frozenset({"kl"})
+        case = Case(op, setting, make, fused, eager, exact, moves, ("z", "kl"), sums, noisy=not given, comparable=given)
+        cases.append(case)
     return cases
 
 
@@ -236,8 +256,216 @@ def _bernoulli_nll(setting: str, reduction: str, binary: bool) -> Case:
     # The scalar reductions store the gradient in the forward pass and scale it by what comes in.
     moves, roundings = ((2.0, 3.0), 1) if reduction == "none" else ((3.0, 0.0), 2)
     return Case(
-        "bernoulli_nll", setting, _images(binary), fused, eager, exact, moves, ("nll",), frozenset({"nll"}), roundings
-    )
+        "bernoulli_nll", setting, _images(binary), fused, eager, exact, moves, ("nll",), frozenset({"nll"}),
+        roundings=roundings,
+    )  # fmt: skip
+
+
+# By name and type of device, filled when inputs are made: within a trace a schedule cannot be built.
+_SCHEDULES: dict[tuple[str, str], schedules.Schedule] = {}
+
+
+def _prepare_schedule(name: str, device: str) -> None:
+    key = name, torch.device(device).type
+    if key not in _SCHEDULES:
+        _SCHEDULES[key] = schedules.get(name).to(device)
+
+
+def _pixels(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+
+
+def _forward_noising(setting: str) -> Case:
+    given = setting == "noise"
+
+    def make(shape: tuple[int, ...], dtype: torch.dtype, device: str, generator: torch.Generator) -> Inputs:
+        # A uint8 image is a target here: it takes no gradient.
+        x0 = torch.randn(shape, generator=generator).to(device, dtype)
+        inputs = {"x": _pixels(shape, generator).to(device)} if setting == "uint8" else {"x0": x0}
+        for name in ("a", "b"):
+            inputs[name] = torch.rand(shape[:1], generator=generator).to(device)
+        return {**inputs, **({"eps": torch.randn(shape, generator=generator).to(device, dtype)} if given else {})}
+
+    def fused(inputs: Inputs) -> Outputs:
+        noise = {"noise": inputs["eps"]} if given else {"seed": SEED}
+        return (functional.forward_noising(inputs.get("x0", inputs.get("x")), inputs["a"], inputs["b"], **noise),)
+
+    def eager(inputs: Inputs) -> Outputs:
+        x0 = inputs["x0"] if "x0" in inputs else inputs["x"].to(torch.float32) * 2 / 255 - 1
+        a, b = (inputs[name].to(x0.dtype).view(-1, *[1] * (x0.dim() - 1)) for name in ("a", "b"))
+        return (a * x0 + b * (inputs["eps"] if given else torch.randn_like(x0)),)
+
+    def exact(inputs: Inputs) -> Outputs:
+        x0 = inputs.get("x0", inputs.get("x"))
+        eps = inputs["eps"] if given else _noise(x0, Stream.FORWARD_NOISE).double()
+        return (reference.forward_noising.forward(x0, inputs["a"], inputs["b"], None, None, eps, 0, torch.float64),)
+
+    # The gradient of x0 is a times what comes in.
+    return Case(
+        "forward_noising", setting, make, fused, eager, exact, (2.0 + given, 2.0), ("x_t",), noisy=not given,
+        comparable=given, differentiable=setting != "uint8",
+    )  # fmt: skip
+
+
+def _denoising_loss(
+    setting: str, schedule: str = "linear", weighting: str = "none", reduction: str = "none", given: bool = False,
+    binary: bool = False, objective: str | None = None,
+) -> Case:  # fmt: skip
+    """The noise under "eps" is what the op makes for itself (unless it is `given`), as eager code has stored it."""
+
+    def make(shape: tuple[int, ...], dtype: torch.dtype, device: str, generator: torch.Generator) -> Inputs:
+        _prepare_schedule(schedule, device)
+        pred, x = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(2))
+        x = _pixels(shape, generator).to(device) if binary else x
+        t = _times(schedule, shape[:1], generator).to(device)
+        eps = torch.randn(shape, generator=generator).to(device) if given else _noise(pred, Stream.FORWARD_NOISE)
+        return {"pred": pred, "x": x, "t": t, "eps": eps.to(dtype)}
+
+    def asked(inputs: Inputs) -> tuple[schedules.Schedule, str]:
+        made = _SCHEDULES[schedule, inputs["pred"].device.type]
+        return made, made.default_objective if objective is None else objective
+
+    def fused(inputs: Inputs) -> Outputs:
+        made, wanted = asked(inputs)
+        seed, noise = (None, inputs["eps"]) if given else (as_seed(SEED, inputs["pred"].device), None)
+        noised = Noised(inputs["x"], inputs["t"], inputs["x"], seed, noise, 0)
+        options = {"objective": wanted, "weighting": weighting, "reduction": reduction}
+        return (functional.denoising_loss(inputs["pred"], noised, made, **options),)
+
+    def eager(inputs: Inputs) -> Outputs:
+        made, wanted = asked(inputs)
+        pred, x, eps = inputs["pred"], inputs["x"], inputs["eps"]
+        x = x.to(pred.dtype) * 2 / 255 - 1 if binary else x
+        p, q = (c.to(pred.dtype).view(-1, *[1] * (pred.dim() - 1)) for c in made.target_coefficients(inputs["t"], wanted))
+        if wanted in ("epsilon", "x0"):
+            target = eps if wanted == "epsilon" else x
+        else:
+            target = p * x + q * eps
+        if weighting == "none" and reduction == "mean":
+            return (F.mse_loss(pred.float(), target.float()),)
+        loss = F.mse_loss(pred.float(), target.float(), reduction="none").flatten(1).mean(1)
+        if weighting != "none":
+            loss = loss * made.weight(inputs["t"], wanted, weighting)
+        return (loss.mean() if reduction == "mean" else loss,)
+
+    def exact(inputs: Inputs) -> Outputs:
+        made, wanted = asked(inputs)
+        pred = inputs["pred"]
+        eps = inputs["eps"] if given else _noise(pred, Stream.FORWARD_NOISE).double()
+        a, b, index = entries(made, inputs["t"].to(torch.float32) if made.continuous else inputs["t"])
+        loss = reference.denoising_loss.forward(
+            pred, inputs["x"], a, b, index, None, eps, 0, wanted, weighting, 5.0, made.sigma_data
+        )
+        return (loss.mean() if reduction == "mean" else loss,)
+
+    reads = 2.0 + (objective not in (None, "epsilon") or schedule != "linear") + given - 1.0
+    # The scalar reduction stores the gradient in the forward pass and scales it by what comes in.
+    moves, roundings = ((reads, reads + 1.0), 1) if reduction == "none" else ((reads + 1.0, 0.0), 2)
+    return Case(
+        "denoising_loss", setting, make, fused, eager, exact, moves, ("loss",), frozenset({"loss"}),
+        frozenset({"loss"}), roundings, noisy=not given,
+    )  # fmt: skip
+
+
+def _times(schedule: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Times at which neither image nor noise is all but gone: there the weights would be all that a test sees."""
+    if schedule == "linear":
+        return torch.randint(50, 800, shape, generator=generator)
+    return 0.05 + 0.9 * torch.rand(shape, generator=generator)
+
+
+def _reverse_step(
+    setting: str, schedule: str = "linear", objective: str = "epsilon", eta: float = 1.0, clip: float | None = None,
+    variance: str = "fixed_small", given: bool = False, log_prob: bool = False,
+) -> Case:  # fmt: skip
+    """20 of 1,000 steps, or a fifth of the way; `log_prob`: the density of an x_prev that is given."""
+    learned = variance == "learned_range"
+    options = {"objective": objective, "eta": eta, "clip": clip, "variance": variance}
+
+    def make(shape: tuple[int, ...], dtype: torch.dtype, device: str, generator: torch.Generator) -> Inputs:
+        _prepare_schedule(schedule, device)
+        shape = (*shape, 1) if learned and len(shape) == 1 else shape
+        wanted = (shape[0], 2 * shape[1], *shape[2:]) if learned else shape
+        x_t, eps = (1.5 * torch.randn(shape, generator=generator) for _ in range(2))
+        inputs = {"x_t": x_t, "pred": torch.randn(wanted, generator=generator)}
+        t = _times(schedule, shape[:1], generator)
+        t_prev = t - 20 if schedule == "linear" else 0.8 * t
+        if given:
+            inputs["eps"] = eps
+        if log_prob:
+            # So wide that all terms have one sign: the sum is as well known as they are.
+            t, t_prev = 100 * t, 100 * t_prev
+            inputs["x_prev"] = x_t + t_prev.view(-1, *[1] * (x_t.dim() - 1)) * eps
+        return {name: x.to(device, dtype) for name, x in inputs.items()} | {
+            "t": t.to(device), "t_prev": t_prev.to(device)
+        }
+
+    def fused(inputs: Inputs) -> Outputs:
+        made = _SCHEDULES[schedule, inputs["x_t"].device.type]
+        if log_prob:
+            source = {"x_prev": inputs["x_prev"], "log_prob": True}
+        else:
+            source = {"noise": inputs["eps"]} if given else {"seed": SEED}
+        got = functional.reverse_step(
+            inputs["x_t"], inputs["pred"], inputs["t"], inputs["t_prev"], made, **options, **source
+        )
+        return got[1:] if log_prob else (got,)
+
+    def eager(inputs: Inputs) -> Outputs:
+        x_t, pred = inputs["x_t"], inputs["pred"]
+        made = _SCHEDULES[schedule, x_t.device.type]
+
+        def columns(*values: Tensor) -> list[Tensor]:
+            return [value.to(x_t.dtype).view(-1, *[1] * (x_t.dim() - 1)) for value in values]
+
+        a, b, p, q = columns(*made.coefficients(inputs["t"]), *made.target_coefficients(inputs["t"], objective))
+        a_s, b_s = columns(*made.coefficients(inputs["t_prev"]))
+        v = None
+        if learned:
+            pred, v = pred.chunk(2, 1)
+        x0 = (q * x_t - b * pred) / (a * q - b * p)
+        if clip is not None:
+            x0 = x0.clamp(-clip, clip)
+        eps = (x_t - a * x0) / b
+        kappa = 1 - (a * b_s / (a_s * b)) ** 2
+        mean = a_s * x0 + b_s * (1 - eta**2 * kappa) ** 0.5 * eps
+        if eta == 0:
+            return (mean,)
+        sigma = eta * kappa**0.5 * b_s
+        if learned:
+            fraction = (v + 1) / 2
+            sigma = eta * kappa**0.5 * torch.exp(fraction * b.log() + (1 - fraction) * b_s.log())
+        if log_prob:
+            density = -((inputs["x_prev"] - mean) ** 2) / (2 * sigma**2) - sigma.log() - math.log(2 * math.pi) / 2
+            return (density.expand_as(x_t).flatten(1).sum(1),)
+        return (mean + sigma * (inputs["eps"] if given else torch.randn_like(x_t)),)
+
+    def exact(inputs: Inputs) -> Outputs:
+        x_t, t, t_prev = inputs["x_t"], inputs["t"], inputs["t_prev"]
+        made = _SCHEDULES[schedule, x_t.device.type]
+        eps = inputs.get("eps")
+        if not given and not log_prob and eta > 0:
+            eps = _noise(x_t, Stream.REVERSE_STEP, made.salt(t)).double()
+        if made.continuous:
+            times = (made.table(t.float()), made.table(t_prev.float()), None, None)
+        else:
+            times = (made.tables, made.tables, t, t_prev)
+        drawn, density = reference.reverse_step.forward(
+            x_t, inputs["pred"], *times, made.salt(t), None, eps, inputs.get("x_prev"), 0, objective, made.sigma_data,
+            eta, clip, variance, True, log_prob,
+        )
+        return (density,) if log_prob else (drawn,)
+
+    # Backward reads x_t and pred only to see what was clipped, or for the density, and v to know its own noise.
+    forward, backward = 3.0 + learned + given, 3.0 + 2 * learned
+    if clip is not None or log_prob:
+        backward = 5.0 + 2 * learned
+    name = "log_prob" if log_prob else "x_prev"
+    return Case(
+        "reverse_step", setting, make, fused, eager, exact, (forward, backward), (name,),
+        frozenset({"log_prob"}), noisy=eta > 0 and not given and not log_prob,
+        comparable=given or log_prob or eta == 0,
+    )  # fmt: skip
 
 
 CASES: tuple[Case, ...] = (
@@ -250,6 +478,22 @@ CASES: tuple[Case, ...] = (
     _bernoulli_nll("uint8", "none", True),
     _bernoulli_nll("mean", "mean", False),
     _bernoulli_nll("sum-uint8", "sum", True),
+    _forward_noising(""),
+    _forward_noising("uint8"),
+    _forward_noising("noise"),
+    _denoising_loss(""),
+    _denoising_loss("x0-min_snr", objective="x0", weighting="min_snr"),
+    _denoising_loss("v-uint8", objective="v", binary=True, weighting="min_snr"),
+    _denoising_loss("flow", "rectified_flow"),
+    _denoising_loss("edm-sigma", "edm", weighting="sigma"),
+    _denoising_loss("mean", reduction="mean"),
+    _denoising_loss("v-noise-mean", objective="v", given=True, reduction="mean"),
+    _reverse_step(""),
+    _reverse_step("ddim", objective="v", eta=0.0),
+    _reverse_step("clip", objective="x0", clip=1.0),
+    _reverse_step("learned", variance="learned_range"),
+    _reverse_step("flow-noise", "rectified_flow", objective="flow", eta=0.5, variance="fixed_large", given=True),
+    _reverse_step("log_prob", "edm", objective="edm", variance="learned_range", log_prob=True),
 )
 
 
@@ -273,13 +517,15 @@ def cases(op: str) -> list[Case]:
 def run(
     case: Case, chain: str, inputs: Inputs, upstream: list[Tensor] | None = None
 ) -> tuple[Outputs, dict[str, Tensor]]:
-    """Outputs and gradients of one chain ("fused", "eager" or "exact") for fixed incoming gradients (ones if None)."""
+    """Outputs and gradients of one chain ("fused", "eager" or "exact") for fixed incoming gradients (`Case.scale` if None)."""
     if chain == "exact":
         inputs = wide(inputs)
     leaves = {name: inputs[name].detach().requires_grad_() for name in differentiable(inputs)}
     outputs = getattr(case, chain)({**inputs, **leaves})
+    if not leaves:
+        return outputs, {}
     if upstream is None:
-        upstream = [torch.ones_like(output) for output in outputs]
+        upstream = [torch.full_like(output, case.scale(name, inputs)) for name, output in zip(case.outputs, outputs)]
     upstream = [grad.to(output.dtype) for grad, output in zip(upstream, outputs, strict=True)]
     grads = torch.autograd.grad(outputs, list(leaves.values()), upstream)
     return tuple(output.detach() for output in outputs), dict(zip(leaves, grads, strict=True))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import platform
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,12 +20,14 @@ import typer
 from torch import Tensor
 
 import genfast
-from genfast import random, report, training
+from genfast import pictures, random, report, schedules, training
 from genfast._files import replacing
 from genfast.bench import cli as bench
 from genfast.models import registry
+from genfast.models.diffusion import DDPM, Variance
 from genfast.run import CHECKPOINTS, TENSORBOARD, RunFolder, check_out, make_folder, read_settings
 from genfast.training import loop
+from genfast.training.progress import counting, digits
 from genfast.training.step import Mode
 
 __all__ = ["ClickException", "app"]
@@ -41,6 +44,20 @@ app.add_typer(bench.app, name="bench")
 _IMAGES_SEEN = 250_000
 _EPOCHS = (10, 100)
 _BATCH_SIZE = 128
+# Images in a video.
+_IN_VIDEO = 64
+
+
+def _default(name: str, text: str) -> str:
+    """The help of an option, with the defaults of the families that have their own."""
+    families = [family for family in registry.FAMILIES.values() if name in family.defaults]
+    own = [f"{family.name}: {family.defaults[name]}" for family in families]
+    return f"{text} ({', '.join(own)})" if own else text
+
+
+def _names(values: Iterable[str]) -> tuple[str, ...]:
+    """As they are written on the command line."""
+    return tuple(value.replace("_", "-") for value in values)
 
 
 def _seed(value: int) -> int:
@@ -76,22 +93,47 @@ def train(
     binarize: Binarize = "none",
     epochs: Annotated[
         int | None,
-        typer.Option(min=1, help=f"Default: about {_IMAGES_SEEN:,} images in all, {_EPOCHS[0]} to {_EPOCHS[1]}."),
+        typer.Option(
+            min=1,
+            help=_default("epochs", f"Default: about {_IMAGES_SEEN:,} images in all, {_EPOCHS[0]} to {_EPOCHS[1]}."),
+        ),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Images per step, of all processes. Default: 128, or all if fewer.")
+        int | None,
+        typer.Option(
+            min=1,
+            help=_default("batch_size", f"Images per step, of all processes. Default: {_BATCH_SIZE}, or all if fewer."),
+        ),
     ] = None,
     micro_batches: Annotated[int, typer.Option(min=1, help="Split each batch; the gradients add up.")] = 1,
-    lr: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 1e-3,
+    lr: Annotated[float, typer.Option(help=_default("lr", "Learning rate of Adam."))] = 1e-3,
     lr_schedule: Annotated[str, typer.Option(help="constant; cosine or linear down to 0.")] = "constant",
     warmup_steps: Annotated[int, typer.Option(min=0, help="Steps in which the learning rate rises.")] = 0,
     grad_clip: Annotated[float | None, typer.Option(help="Largest norm of the gradients.")] = None,
-    ema_decay: Annotated[float | None, typer.Option(help="Average the weights, as 0.999; sample from that.")] = None,
+    ema_decay: Annotated[
+        float | None, typer.Option(help=_default("ema_decay", "Average the weights, as 0.999; sample from that."))
+    ] = None,
     latent_dim: Annotated[int | None, typer.Option(min=1, help="Size of the latent code.")] = None,
-    preset: Annotated[str | None, typer.Option(help="Networks: mlp or conv.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help=_default("preset", "Networks: mlp or conv; of ddpm tiny, small or base."))
+    ] = None,
     likelihood: Annotated[str | None, typer.Option(help="bernoulli or gaussian.")] = None,
     beta: Annotated[float | None, typer.Option(help="Weight of the KL term in training.")] = None,
     free_bits: Annotated[float | None, typer.Option(help="Nats per latent dimension that cost nothing.")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help=f"Noise over time: {', '.join(_names(schedules.NAMES))}.")
+    ] = None,
+    num_steps: Annotated[int | None, typer.Option(min=1, help="Steps of the noise schedule.")] = None,
+    objective: Annotated[
+        str | None, typer.Option(help=f"What the network predicts: {', '.join(schedules.OBJECTIVES)}.")
+    ] = None,
+    weighting: Annotated[
+        str | None, typer.Option(help=f"Of the loss over time: {', '.join(_names(schedules.WEIGHTINGS))}.")
+    ] = None,
+    gamma: Annotated[float | None, typer.Option(help="Of min-snr: the largest signal-to-noise ratio counted.")] = None,
+    variance: Annotated[
+        str | None, typer.Option(help=f"Of the steps back: {', '.join(_names(get_args(Variance)))}.")
+    ] = None,
     fused: Annotated[bool | None, typer.Option(help="Fused ops, or the ordinary PyTorch chain.")] = None,
     seed: Annotated[int, typer.Option(callback=_seed, help="Of initial weights, order and noise.")] = 0,
     device: Device = "auto",
@@ -113,12 +155,21 @@ def train(
 ) -> None:
     """Train a model; write it, its metrics and pictures into the run's folder. Under torchrun, on many devices."""
     options = SimpleNamespace(**{name: value for name, value in locals().items() if name != "context"})
+    given = {name for name in vars(options) if context.get_parameter_source(name).name != "DEFAULT"}
+    for name in _NAMED:
+        # One spelling, so that a resumed run can compare them.
+        if getattr(options, name) is not None:
+            setattr(options, name, getattr(options, name).replace("_", "-"))
     if resume and overwrite:
         raise ValueError("--overwrite: expected none with --resume, which continues the run, got both")
     if resume:
         check_out(out, overwrite, resume)
-        given = {name for name in vars(options) if context.get_parameter_source(name).name != "DEFAULT"}
         _take_over(options, read_settings(out), given)
+    else:
+        for name, value in registry.get_family(family).defaults.items():
+            # A batch holds no more than there are images: that is seen later.
+            if name not in given and name != "batch_size":
+                setattr(options, name, value)
     with training.launched(_device(device)) as where:
         _train(options, where)
 
@@ -130,11 +181,18 @@ _FREE = {
 }  # fmt: skip
 _NOT_TAKEN_OVER = {"device", "time", "out", "resume", "overwrite"}
 # Those that not every family has.
-_MODEL_OPTIONS = ("latent_dim", "preset", "likelihood", "fused", "beta", "free_bits")
+_MODEL_OPTIONS = (
+    "latent_dim", "preset", "likelihood", "fused", "beta", "free_bits", "schedule", "num_steps", "objective",
+    "weighting", "gamma", "variance",
+)  # fmt: skip
+# Those whose values are names, with hyphens here and underscores in Python.
+_NAMED = ("schedule", "weighting", "variance")
 _AMP = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
 _CHOICES = {
     "lr_schedule": get_args(loop.Schedule), "mode": get_args(Mode), "amp": tuple(filter(None, _AMP)),
-    "matmul_precision": get_args(loop.Precision),
+    "matmul_precision": get_args(loop.Precision), "schedule": _names(schedules.NAMES),
+    "objective": schedules.OBJECTIVES, "weighting": _names(schedules.WEIGHTINGS),
+    "variance": _names(get_args(Variance)),
 }  # fmt: skip
 
 
@@ -164,6 +222,9 @@ def _train(options: SimpleNamespace, where: torch.device) -> None:
     for name in set_here:
         if name not in (*chosen.build_options, *chosen.loss_options):
             raise ValueError(f"--{name.replace('_', '-')} is not an option of the family {options.family}")
+    for name in _NAMED:
+        if name in set_here:
+            set_here[name] = set_here[name].replace("-", "_")
     build_options = {name: value for name, value in set_here.items() if name in chosen.build_options}
     loss_options = {name: value for name, value in set_here.items() if name in chosen.loss_options}
     _check_values(options)
@@ -179,7 +240,8 @@ def _train(options: SimpleNamespace, where: torch.device) -> None:
     test_data = training.DeviceDataset(splits.test, where, options.binarize)
     shard = training.ranks()
     if options.batch_size is None:
-        options.batch_size = min(_BATCH_SIZE, len(train_data)) // shard[1] * shard[1] or shard[1]
+        most = min(chosen.defaults.get("batch_size", _BATCH_SIZE), len(train_data))
+        options.batch_size = most // shard[1] * shard[1] or shard[1]
     # Here rather than in `fit`: before anything is written.
     training.ImageBatches(train_data, options.batch_size, where, train=True, shard=shard)
     torch.manual_seed(options.seed)
@@ -251,7 +313,10 @@ def _train(options: SimpleNamespace, where: torch.device) -> None:
         # Whoever sends SIGTERM does not wait for pictures.
         if not run.old and code != 128 + signal.SIGTERM:
             title = f"{options.family}, {Path(options.data).name}"
-            _write_pictures(model, test_data, folder, history, title=title, seed=options.seed)
+            images, _ = next(test_data.batches(48, seed=options.seed, shuffle=False))
+            pictures.save_pictures(model.eval(), images, folder, options.seed)
+            if history:
+                report.save_curves(history, folder / "curves.png", title)
         if status == "interrupted":
             print(f"to go on: genfast train {options.family} --out {folder} --resume")
         print(f"{status}: {folder}")
@@ -311,8 +376,16 @@ def _check_values(options: SimpleNamespace) -> None:
 def sample(
     run: Run,
     n: Annotated[int, typer.Option("--n", "-n", min=1, help="How many images.")] = 64,
-    mode: Annotated[str, typer.Option(help="mean, or bernoulli to draw the pixels.")] = "mean",
+    mode: Annotated[str | None, typer.Option(help="Of autoencoders: mean, or bernoulli to draw the pixels.")] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="Of ddpm: ddpm or ddim; of a continuous schedule euler. Default: ddim or euler.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Of ddpm: how many steps. Default: 50; with --sampler ddpm all.")
+    ] = None,
+    eta: Annotated[float | None, typer.Option(help="Of ddpm: the noise of ddim and euler, 0 (none) to 1.")] = None,
     seed: Annotated[int, typer.Option(callback=_seed, help="Image i depends on the seed and i alone.")] = 0,
+    video: Annotated[bool, typer.Option("--video", help="Of ddpm: how they come about: mp4, gif and png.")] = False,
     device: Device = "auto",
     out: Annotated[Path | None, typer.Option(help="PNG to write; default: RUN/samples-SEED.png.")] = None,
 ) -> None:
@@ -322,8 +395,35 @@ def sample(
     path = out or run / f"samples-{seed}.png"
     if path.suffix.lower() != ".png":
         raise ValueError(f"--out: expected a name that ends in .png, got {path}")
-    report.save_grid(model.sample(n, mode=mode, seed=seed), path)
+    options = {"mode": mode, "sampler": sampler, "steps": steps, "eta": eta}
+    options = {name: value for name, value in options.items() if value is not None}
+    for name in (*options, *(["video"] if video else [])):
+        if ("trajectory" if name == "video" else name) not in inspect.signature(model.sample).parameters:
+            raise ValueError(f"--{name} is not an option of the family {_family(model)}")
+    if isinstance(model, DDPM):
+        if sampler == "ddpm":
+            options.setdefault("steps", None)
+        _sample_diffusion(model, n, seed, path, {**model.quick_sampling(), **options}, video)
+    else:
+        report.save_grid(model.sample(n, seed=seed, **options), path)
     print(path)
+
+
+def _sample_diffusion(model: DDPM, n: int, seed: int, path: Path, options: dict[str, Any], video: bool) -> None:
+    if not video:
+        report.save_grid(pictures.draw(model, n, seed=seed, **options), path)
+        return
+    report.find_ffmpeg()
+    shown = min(n, _IN_VIDEO)
+    frames = pictures.draw(model, shown, seed=seed, paths=True, **options)
+    rest = [pictures.draw(model, n - shown, seed=seed, row_offset=shown, **options)] if n > shown else []
+    report.save_grid(torch.cat([frames[-1], *rest]), path)
+    name = path.stem.replace("samples", "reverse") if path.stem.startswith("samples-") else f"{path.stem}-reverse"
+    for suffix in (".mp4", ".gif"):
+        report.save_video(frames, path.with_name(name + suffix))
+        print(path.with_name(name + suffix))
+    pictures.save_paths(frames, model.schedule.timesteps(options["steps"]), path.with_name(f"{name}.png"))
+    print(path.with_name(f"{name}.png"))
 
 
 @app.command()
@@ -333,15 +433,29 @@ def evaluate(
     data_root: DataRoot = None,
     image_size: ImageSize = None,
     binarize: Binarize = None,
-    k: Annotated[int, typer.Option("--k", "-k", min=0, help="Importance samples per image; 0: the ELBO alone.")] = 500,
+    k: Annotated[
+        int | None,
+        typer.Option("--k", "-k", min=0, help="Of a VAE: importance samples per image, 500; 0: the ELBO alone."),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Of ddpm: steps of the bound. Default: all of the schedule.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first images of the test set.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 128,
     seed: Annotated[int, typer.Option(callback=_seed, help="Of the noise.")] = 0,
     device: Device = "auto",
 ) -> None:
-    """ELBO and importance-weighted log-likelihood of the test set, in nats per image; the run's own data by default."""
+    """Score the test set, the run's own by default.
+
+    VAE: ELBO and importance-weighted log-likelihood, in nats per image. Diffusion: loss, and the variational bound on
+    the negative log-likelihood, in bits per dimension.
+    """
     where = _device(device)
     model = _load(run).to(where).eval()
+    for name, method, value in (("k", "log_prob", k), ("steps", "bits_per_dim", steps)):
+        if value is not None and not hasattr(model, method):
+            raise ValueError(f"--{name} is not an option of the family {_family(model)}")
+    k = 500 if k is None else k
     settings = read_settings(run)
     if data is None:
         if "data" not in settings:
@@ -355,8 +469,10 @@ def evaluate(
     result |= training.evaluate(model, test_data, batch_size=batch_size, seed=seed)
     if k and hasattr(model, "log_prob"):
         result |= {"k": k, **_log_likelihood(model, test_data, k, batch_size, seed)}
+    if hasattr(model, "bits_per_dim"):
+        result |= _bits_per_dim(model, test_data, steps, batch_size, seed)
     for name, value in result.items():
-        print(f"{name:>16}  {f'{value:.3f}' if isinstance(value, float) else value}")
+        print(f"{name:>16}  {digits(value, 3) if isinstance(value, float) else value}")
     bernoulli = getattr(model, "likelihood", None) == "bernoulli"
     if binarize == "none" and bernoulli and "log_likelihood" in result:
         print("The pixels are grey: under a Bernoulli these nats compare with no others than such of grey pixels.")
@@ -416,38 +532,20 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def _family(model: torch.nn.Module) -> str:
+    return next(family.name for family in registry.FAMILIES.values() if family.model is type(model))
+
+
 def _load(run: Path) -> torch.nn.Module:
     if not run.is_dir():
         raise ValueError(f"RUN: expected the folder of a run, got {run}")
     return registry.load(run)
 
 
-def _write_pictures(
-    model: torch.nn.Module,
-    data: training.DeviceDataset,
-    folder: Path,
-    history: list[dict[str, float]],
-    title: str,
-    seed: int,
-) -> None:
-    model.eval()
-    images, _ = next(data.batches(48, seed=seed, shuffle=False))
-    report.save_grid(model.sample(64, seed=seed), folder / "samples.png")
-    report.save_pairs(images, model.reconstruct(images), folder / "reconstructions.png")
-    if getattr(model, "latent_dim", None) == 2:
-        manifold = model.manifold()
-        report.save_grid(manifold.flatten(0, 1), folder / "manifold.png", columns=manifold.shape[1], gap=0)
-    else:
-        paths = model.interpolate(images[:10], images[:10].roll(-1, 0))
-        report.save_grid(paths.flatten(0, 1), folder / "interpolation.png", columns=paths.shape[1])
-    if history:
-        report.save_curves(history, folder / "curves.png", title)
-
-
 def _log_likelihood(
     model: torch.nn.Module, data: training.DeviceDataset, k: int, batch_size: int, seed: int
 ) -> dict[str, float]:
-    """Mean of log p(x) over the images, and its standard error over them if they are several."""
+    """Mean of log p(x) over the images, in nats."""
     # That of the ELBO: both are of the same pixels.
     seed = training.evaluation_seed(seed)
     noise_seed = random.as_seed(seed, data.device)
@@ -458,8 +556,28 @@ def _log_likelihood(
         done += len(batch)
         if sys.stdout.isatty():
             print(f"\r{done:,} / {len(data):,} images", end="\r" if done < len(data) else "\n", flush=True)
-    log_prob = torch.cat(values).double()
-    result = {"log_likelihood": float(log_prob.mean())}
-    if len(log_prob) > 1:
-        result["standard_error"] = float(log_prob.std()) / math.sqrt(len(log_prob))
+    return _mean("log_likelihood", values)
+
+
+def _bits_per_dim(
+    model: torch.nn.Module, data: training.DeviceDataset, steps: int | None, batch_size: int, seed: int
+) -> dict[str, float]:
+    """Mean over the images of the bound on -log2 p(x) per dimension, and its standard error if they are several."""
+    seed = training.evaluation_seed(seed)
+    noise_seed = random.as_seed(seed, data.device)
+    count = len(model.schedule.timesteps(steps)) - 1
+    what = f"bounding the bits per dimension of {len(data):,} images in {count:,} steps (--limit, --steps)"
+    values: list[Tensor] = []
+    with counting(model.net, count * -(-len(data) // batch_size), what):
+        for batch, rows in data.batches(batch_size, seed=seed, shuffle=False):
+            values.append(model.bits_per_dim(batch, steps=steps, seed=noise_seed, row_offset=int(rows[0])))
+    return {"steps": count, **_mean("bits_per_dim", values)}
+
+
+def _mean(name: str, pieces: list[Tensor]) -> dict[str, float]:
+    """The mean over all images, and its standard error where they are several."""
+    values = torch.cat(pieces).double()
+    result = {name: float(values.mean())}
+    if len(values) > 1:
+        result["standard_error"] = float(values.std()) / math.sqrt(len(values))
     return result

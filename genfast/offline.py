@@ -123,7 +123,10 @@ def recorded(function: Callable[[], Any]) -> list[Launch]:
 
 def every_launch(dtype: torch.dtype, shape: tuple[int, ...] = (8192, 4096)) -> dict[str, Kernel]:
     """Every kernel of the library as it is launched for tensors of `shape` and `dtype`; a name begins with its op's."""
-    from genfast.kernels import bernoulli_nll, kl_normal, philox, reparameterize_kl, reparameterize_kl_packed
+    from genfast.kernels import (
+        _rescale, bernoulli_nll, denoising_loss, forward_noising, kl_normal, philox, reparameterize_kl,
+        reparameterize_kl_packed,
+    )  # fmt: skip
 
     x = torch.empty(shape, dtype=dtype, device="meta")
     h = torch.empty(shape[0], 2 * shape[1], *shape[2:], dtype=dtype, device="meta")
@@ -131,6 +134,9 @@ def every_launch(dtype: torch.dtype, shape: tuple[int, ...] = (8192, 4096)) -> d
     seed = torch.empty(1, dtype=torch.int64, device="meta")
     rows = torch.empty(shape[0], device="meta")
     plain, free = (0, 0.0, None), (0, 0.25, [-1.0, 1.0])
+    # a and b of a schedule of 1,000 steps, and each row's timestep.
+    table = (*torch.empty(2, 1000, device="meta"), torch.empty(shape[0], dtype=torch.int64, device="meta"))
+    epsilon, v = (0, "epsilon", "none", 5.0, 1.0), (0, "v", "min_snr", 5.0, 1.0)
     size = dtype.itemsize
     # The call, its scalar accesses, its bytes.
     calls = {
@@ -159,7 +165,26 @@ def every_launch(dtype: torch.dtype, shape: tuple[int, ...] = (8192, 4096)) -> d
         "bernoulli_nll with gradient, uint8": (
             lambda: bernoulli_nll.forward_with_grad(x, pixels, True), 1, 2 * size + 1,
         ),
-        "bernoulli_nll rescale": (lambda: bernoulli_nll.rescale(x, rows[0]), 1, 2 * size),
+        "loss rescale": (lambda: _rescale.rescale(x, rows[0]), 1, 2 * size),
+        "forward_noising": (lambda: forward_noising.forward(x, *table, seed, None, 0, dtype), 4, 2 * size),
+        "forward_noising, uint8": (
+            lambda: forward_noising.forward(pixels, *table, seed, None, 0, dtype), 4, size + 1,
+        ),
+        "forward_noising, given noise": (lambda: forward_noising.forward(x, *table, None, x, 0, dtype), 3, 3 * size),
+        "denoising_loss": (lambda: denoising_loss.forward(x, None, *table, seed, None, *epsilon), 5, size),
+        "denoising_loss, v and min-SNR": (lambda: denoising_loss.forward(x, x, *table, seed, None, *v), 5, 2 * size),
+        "denoising_loss backward": (
+            lambda: denoising_loss.backward(x, None, *table, seed, None, *epsilon, rows), 5, 2 * size,
+        ),
+        "denoising_loss with gradient": (
+            lambda: denoising_loss.forward_with_grad(x, None, *table, seed, None, *epsilon, True), 5, 2 * size,
+        ),
+        "denoising_loss with gradient, v": (
+            lambda: denoising_loss.forward_with_grad(x, x, *table, seed, None, *v, True), 5, 3 * size,
+        ),
+        "denoising_loss with gradient, v and uint8": (
+            lambda: denoising_loss.forward_with_grad(x, pixels, *table, seed, None, *v, True), 5, 2 * size + 1,
+        ),
     }  # fmt: skip
     if dtype == torch.float32:
         for kind in ("normal", "uniform"):

@@ -20,7 +20,17 @@ from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 
 from genfast._environment import FORCE_REFERENCE, HAS_TRITON
 
-__all__ = ["Stream", "as_seed", "derive_seed", "derive_seeds", "new_seed", "normal", "philox4x32", "uniform"]
+__all__ = [
+    "Stream",
+    "as_seed",
+    "derive_seed",
+    "derive_seeds",
+    "integers",
+    "new_seed",
+    "normal",
+    "philox4x32",
+    "uniform",
+]
 
 _MASK = 0xFFFFFFFF
 _ROUNDS = 10
@@ -231,14 +241,17 @@ def _bits(
         key = (value & _MASK, value >> 32 & _MASK)
         group = np.arange(first, first + groups, dtype=np.uint64)[None, :]
         row = np.arange(row_offset, row_offset + rows, dtype=np.uint64)[:, None]
-        words = _rounds(key, (group & _MASK, row & _MASK, row >> 32, stream | int(salt) << 8))
+        salts = salt.numpy().reshape(-1, 1) if isinstance(salt, Tensor) else np.int64(salt)
+        last = (stream | (salts & (_SALT_LIMIT - 1)) << 8).astype(np.uint64)
+        words = _rounds(key, (group & _MASK, row & _MASK, row >> 32, last))
         return tuple(torch.from_numpy(word.view(np.int64)) for word in words)
     key = (seed & _MASK, seed >> 32 & _MASK)
     group = torch.arange(first, first + groups, dtype=torch.int64, device=seed.device).unsqueeze(0)
     row = torch.arange(rows, dtype=torch.int64, device=seed.device).unsqueeze(1) + row_offset
     if not isinstance(salt, Tensor):
         salt = torch.full((1,), salt, dtype=torch.int64, device=seed.device)
-    return _rounds(key, (group & _MASK, row & _MASK, row >> 32 & _MASK, stream | salt << 8))
+    last = stream | (salt.reshape(-1, 1) & (_SALT_LIMIT - 1)) << 8
+    return _rounds(key, (group & _MASK, row & _MASK, row >> 32 & _MASK, last))
 
 
 def box_muller(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
@@ -263,6 +276,10 @@ def _check_block(rows: int, cols: int, stream: int, row_offset: int, salt: int |
         raise ValueError(f"stream: expected a value of genfast.random.Stream (8 bits), got {stream}")
     if not isinstance(salt, Tensor) and not 0 <= salt < _SALT_LIMIT:
         raise ValueError(f"salt: expected an int of 24 bits, got {salt}")
+    if isinstance(salt, Tensor) and salt.dtype != torch.int64:
+        raise TypeError(f"salt: expected an int64 tensor, got {salt.dtype}")
+    if isinstance(salt, Tensor) and salt.numel() not in (1, rows):
+        raise ValueError(f"salt: expected one element, or one for each of {rows} rows, got shape {list(salt.shape)}")
 
 
 def _lanes(words: tuple[Tensor, ...], skip: int, cols: int) -> Tensor:
@@ -287,14 +304,17 @@ def normal(
         rows, cols: shape of the result.
         stream: what the noise is for, a `Stream`.
         row_offset: global index of the first row: rank r or micro-batch m passes the index of its own first sample.
-        salt: 24 bits that tell repeated uses of one stream apart; an int or an int64 tensor of one element.
+        salt: 24 bits that tell repeated uses of one stream apart; an int, or an int64 tensor of one element or of one
+            for each row.
         col_offset: position of the first column within the sample.
 
     Returns:
         fp32 tensor of shape [rows, cols].
 
     Raises:
-        ValueError: a size or offset is negative, or stream or salt has too many bits.
+        ValueError: a size or offset is negative, stream or salt has too many bits, or there are not as many salts as
+            rows.
+        TypeError: the salt is a tensor of another dtype.
 
     Example:
         >>> whole = normal(7, 4, 6, Stream.LATENT)
@@ -342,3 +362,42 @@ def uniform(
     first, skip = divmod(col_offset, 4)
     words = _bits(seed, rows, first, -(-(skip + cols) // 4), stream, row_offset, salt)
     return unit(_lanes(words, skip, cols))
+
+
+def integers(
+    seed: int | Tensor,
+    rows: int,
+    cols: int,
+    high: int,
+    stream: int,
+    row_offset: int = 0,
+    salt: int | Tensor = 0,
+    col_offset: int = 0,
+) -> Tensor:
+    """Uniform ints from 0 to high - 1: ``(bits * high) >> 32``, the same on every device.
+
+    Args:
+        high: from 1 to 2^31; how often two values come differs by high / 2^32 at most, relatively.
+
+    The other arguments and errors are those of `normal`.
+
+    Returns:
+        int64 tensor of shape [rows, cols].
+
+    Example:
+        >>> t = integers(7, 1000, 1, 10, Stream.TIMESTEP)
+        >>> t.min().item(), t.max().item()
+        (0, 9)
+    """
+    stream = int(stream)
+    _check_block(rows, cols, stream, row_offset, salt, col_offset)
+    if not 1 <= high <= 1 << 31:
+        raise ValueError(f"high: expected an int from 1 to 2^31, got {high}")
+    seed = as_seed(seed)
+    if _has_kernel(seed):
+        from genfast.kernels import philox
+
+        return philox.fill_bits(seed, rows, cols, stream, row_offset, salt, col_offset) * high >> 32
+    first, skip = divmod(col_offset, 4)
+    words = _bits(seed, rows, first, -(-(skip + cols) // 4), stream, row_offset, salt)
+    return _lanes(words, skip, cols) * high >> 32

@@ -22,7 +22,8 @@ __all__ = ["CHECKPOINTS", "TENSORBOARD", "RunFolder", "check_out", "make_folder"
 CHECKPOINTS, TENSORBOARD = "checkpoints", "tensorboard"
 _FILES = (
     "run.json", "config.json", "model.safetensors", "metrics.jsonl", "samples.png", "reconstructions.png",
-    "curves.png", "manifold.png", "interpolation.png", "evaluation.json", "samples-*.png",
+    "curves.png", "manifold.png", "interpolation.png", "forward.png", "reverse.png", "evaluation.json", "samples-*.png",
+    "reverse-*.png", "reverse-*.mp4", "reverse-*.gif",
 )  # fmt: skip
 _MODEL = ("model.safetensors", "config.json")
 # What a run that is being replaced has in folders, until the new one has saved a model.

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from genfast.kernels._math import exp, log1p_unit, reciprocal
-from genfast.kernels.launch import TILE, launch, locate, tile, tile_mask, tile_rows
+from genfast.kernels.launch import launch, locate, tile, tile_mask, tile_rows
 
 
 @triton.jit
@@ -78,15 +78,6 @@ def _backward(
     tl.store(grad + at, (g * _gradient(logit, t, miss, FAST)).to(grad.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _rescale(x, factor, n, C: tl.constexpr):
-    f = tl.load(factor).to(tl.float32)
-    if f != 1.0:
-        at = tl.program_id(0).to(tl.int64) * C + tl.arange(0, C)
-        value = tl.load(x + at, mask=at < n).to(tl.float32) * f
-        tl.store(x + at, value.to(x.dtype.element_ty), mask=at < n)
-
-
 def _start(logits: Tensor, x: Tensor, with_grad: bool, mean: bool):
     tiling, (logits, x) = tile(logits, x)
     partials = tiling.partials(logits)
@@ -126,8 +117,3 @@ def forward_with_grad(logits: Tensor, x: Tensor, mean: bool) -> tuple[Tensor, Te
     _, partials, grad = _start(logits, x, True, mean)
     total = partials.sum()
     return total / logits.shape[0] if mean else total, grad
-
-
-def rescale(x: Tensor, factor: Tensor) -> None:
-    """x *= factor in place, without touching memory where the factor is 1 (decided on the device)."""
-    launch(_rescale, -(-x.numel() // TILE), x, factor, x.numel(), C=TILE)

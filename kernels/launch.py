@@ -99,19 +99,20 @@ class Tiling:
         per_sample = self.channels * self.chunks
         return partials if per_sample == 1 else partials.view(self.batch, per_sample).sum(1)
 
-    def empty(self, shape: torch.Size, like: Tensor) -> Tensor:
-        """An output of `like`'s dtype in the layout that this tiling writes best: contiguous or channels_last."""
+    def empty(self, shape: torch.Size, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """An output in the layout that this tiling writes best, contiguous or channels_last, and of `like`'s dtype."""
+        dtype = like.dtype if dtype is None else dtype
         if self.channels == 1:
-            return torch.empty(shape, dtype=like.dtype, device=like.device)
+            return torch.empty(shape, dtype=dtype, device=like.device)
         if type(like) is not Tensor or torch.compiler.is_compiling():
             # torch 2.11 merges equal calls of empty_strided in a trace, and then copies what is written twice.
-            last = torch.empty((shape[0], *shape[2:], shape[1]), dtype=like.dtype, device=like.device)
+            last = torch.empty((shape[0], *shape[2:], shape[1]), dtype=dtype, device=like.device)
             return last.movedim(-1, 1)
         strides, step = [1] * len(shape), shape[1]
         for dim in range(len(shape) - 1, 1, -1):
             strides[dim], step = step, step * shape[dim]
         strides[0] = step
-        return torch.empty_strided(shape, strides, dtype=like.dtype, device=like.device)
+        return torch.empty_strided(shape, strides, dtype=dtype, device=like.device)
 
     def constexprs(self) -> dict[str, int]:
         return {"CHANNELS": self.channels, "VEC": self.vec, "R": self.block_rows, "C": self.block_cols}

@@ -13,13 +13,13 @@ from genfast.kernels.launch import TILE, block, launch
 
 @triton.jit
 def philox4x32(seed, group, row, salt, STREAM: tl.constexpr):
-    """Four uint32 words for each element of `group` broadcast against `row` (int64)."""
+    """Four uint32 words for each element of `group` broadcast against `row` (int64); salt: one, or one for each row."""
     k0 = (seed & 0xFFFFFFFF).to(tl.uint32)
     k1 = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
     c0 = group.to(tl.uint32)
     c0, c1 = tl.broadcast(c0, (row & 0xFFFFFFFF).to(tl.uint32))
     c2 = c1 * 0 + ((row >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    c3 = c1 * 0 + (tl.full([], salt, tl.uint32) << 8 | STREAM)
+    c3 = c1 * 0 + (tl.to_tensor(salt).to(tl.uint32) << 8 | STREAM)
     for _ in tl.static_range(10):
         # One 64-bit product (IMAD.WIDE) gives both halves: cheaper than umulhi and a second product.
         a = c0.to(tl.uint64) * 0xD2511F53
@@ -93,18 +93,23 @@ def tile_normal(
 @triton.jit
 def _fill(
     out, seed, rows, cols, row_offset, salt, col_offset,
-    STREAM: tl.constexpr, KIND: tl.constexpr, R: tl.constexpr, C: tl.constexpr, FAST: tl.constexpr,
+    STREAM: tl.constexpr, KIND: tl.constexpr, SALTS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    FAST: tl.constexpr,
 ):
     chunks = (col_offset % 4 + cols + C - 1) // C
     program = tl.program_id(0)
     row = (program // chunks).to(tl.int64) * R + tl.arange(0, R)[:, None]
     chunk = (program % chunks).to(tl.int64)
     group = col_offset // 4 + (chunk * (C // 4) + tl.arange(0, C // 4))[None, :]
+    if SALTS:
+        salted = tl.load(salt + row, mask=row < rows, other=0)
+    else:
+        salted = tl.load(salt)
     if KIND == "normal":
-        e0, e1, e2, e3 = _four_normals(tl.load(seed), group, row + row_offset, tl.load(salt), STREAM, FAST)
+        e0, e1, e2, e3 = _four_normals(tl.load(seed), group, row + row_offset, salted, STREAM, FAST)
         value = interleave(e0, e1, e2, e3, R, C)
     else:
-        w0, w1, w2, w3 = philox4x32(tl.load(seed), group, row + row_offset, tl.load(salt), STREAM)
+        w0, w1, w2, w3 = philox4x32(tl.load(seed), group, row + row_offset, salted, STREAM)
         value = interleave(w0, w1, w2, w3, R, C).to(tl.int64)
         if KIND == "uniform":
             value = (value >> 9).to(tl.float32) * 1.1920928955078125e-07 + 5.9604644775390625e-08
@@ -115,13 +120,15 @@ def _fill(
 def _fill_block(kind: str, seed, rows, cols, stream, row_offset, salt, col_offset, block_cols=None) -> Tensor:
     out = torch.empty(rows, cols, dtype=torch.int64 if kind == "bits" else torch.float32, device=seed.device)
     salt = salt if isinstance(salt, Tensor) else torch.full((1,), salt, dtype=torch.int64, device=seed.device)
+    salts = salt.numel() > 1
+    salt = salt.contiguous() if salts else salt
     span = col_offset % 4 + cols
     block_cols = block_cols or block(span)
     block_rows = TILE // block_cols
     grid = -(-rows // block_rows) * -(-span // block_cols) if cols else 0
     launch(
         _fill, grid, out, seed, rows, cols, row_offset, salt, col_offset,
-        STREAM=stream, KIND=kind, R=block_rows, C=block_cols,
+        STREAM=stream, KIND=kind, SALTS=salts, R=block_rows, C=block_cols,
     )
     return out
 
@@ -137,5 +144,5 @@ def fill_uniform(seed, rows, cols, stream, row_offset=0, salt=0, col_offset=0, b
 
 
 def fill_bits(seed, rows, cols, stream, row_offset=0, salt=0, col_offset=0, block_cols=None) -> Tensor:
-    """The raw 32-bit words as int64 [rows, cols], for tests."""
+    """The raw 32-bit words as int64 [rows, cols]; `genfast.random.integers` scales them."""
     return _fill_block("bits", seed, rows, cols, stream, row_offset, salt, col_offset, block_cols)

@@ -34,8 +34,11 @@ def poisoned():
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A class with `cases` runs each of its tests that asks for a `case` once for each of them."""
+    """A class with `cases` runs each test that asks for a `case` once for each; `graded`: those with gradients."""
     if "case" in metafunc.fixturenames and metafunc.cls is not None:
         metafunc.parametrize("case", metafunc.cls.cases, ids=lambda case: case.name)
+    if "graded" in metafunc.fixturenames and metafunc.cls is not None:
+        graded = [case for case in metafunc.cls.cases if case.differentiable]
+        metafunc.parametrize("graded", graded, ids=lambda case: case.name)
     if "base" in metafunc.fixturenames and metafunc.cls is not None:
         metafunc.parametrize("base", metafunc.cls.cases[:1], ids=lambda case: case.name)

@@ -31,9 +31,9 @@ import genfast
 from genfast import cases, functional
 from genfast._files import between_markers, replacing
 from genfast.bench.machine import machine_name
+from genfast.capture import Captured
 from genfast.random import as_seed
 from genfast.training import DeviceDataset, TrainStep, evaluate, fit, launched, load_dataset, ranks
-from genfast.training.capture import Captured
 from genfast.training.distributed import add_up, data_parallel
 
 ROOT = Path(__file__).parents[1]

@@ -18,6 +18,7 @@ import genfast
 from genfast.__main__ import main
 from genfast.models import VAE, AutoEncoder, registry
 from genfast.training import Checkpoints
+from tests.commands import contents, fails, names, succeeds, write_images
 from tests.stopping import calls_in_steps, full_disk
 
 COMMAND = [sys.executable, "-m", "genfast"]
@@ -36,22 +37,6 @@ def genfast_command(*arguments, cwd):
     return subprocess.run([*COMMAND, *arguments], cwd=cwd, env=environment(), capture_output=True, text=True)
 
 
-def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def names(folder):
-    return {path.name for path in folder.iterdir()}
-
-
-def write_images(folder, count=12, size=(28, 28)):
-    folder.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(0).integers(0, 256, (count, size[1], size[0]), dtype=np.uint8)
-    for index, image in enumerate(pixels):
-        Image.fromarray(image).save(folder / f"{index:02}.png")
-    return folder
-
-
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("data") / "images")
@@ -65,22 +50,6 @@ def run(tmp_path_factory):
     done = genfast_command("train", "vae", *options, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return cwd / "runs" / "vae-digits", done
-
-
-def succeeds(capsys, *arguments):
-    code = main([str(argument) for argument in arguments])
-    printed = capsys.readouterr()
-    assert code == 0, printed.err
-    return printed.out
-
-
-def fails(capsys, *arguments, code=2):
-    """The one line on stderr of a command that fails."""
-    assert main([str(argument) for argument in arguments]) == code
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1
-    assert lines[0].startswith("error: ")
-    return lines[0]
 
 
 def test_train_writes_everything(run):

@@ -42,6 +42,38 @@ def test_same_noise_as_torch(block, block_cols):
     assert tolerance.excess(noise, random.normal(seed, *arguments)) <= 1
 
 
+@pytest.mark.parametrize("block_cols", [None, 16, 256])
+def test_each_row_may_have_its_own_salt(block_cols):
+    """Several rows a program, and a number of rows that no block divides."""
+    from genfast.kernels import philox
+
+    seed = torch.tensor([-7234567890123456789])
+    salts = torch.arange(130) * 7919 % 2**24
+    salts[::9] = 2**24 - 1
+    arguments = (130, 21, 2, 2**32 - 3, salts, 6)
+    here = (130, 21, 2, 2**32 - 3, salts.to(DEVICE), 6)
+    got = philox.fill_bits(seed.to(DEVICE), *here, block_cols).cpu()
+    assert torch.equal(got, _torch_words(seed, *arguments))
+    spread = (*here[:4], salts.repeat_interleave(2).to(DEVICE)[::2], 6)
+    assert torch.equal(philox.fill_bits(seed.to(DEVICE), *spread, block_cols).cpu(), got)
+    assert torch.equal(philox.fill_uniform(seed.to(DEVICE), *here, block_cols).cpu(), random.uniform(seed, *arguments))
+    tolerance = TOLERANCES["interpreted" if INTERPRETED else "triton"][torch.float32]
+    noise = philox.fill_normal(seed.to(DEVICE), *here, block_cols).cpu()
+    assert tolerance.excess(noise, random.normal(seed, *arguments)) <= 1
+
+
+@pytest.mark.parametrize("high", [1, 1000, 2**31])
+def test_integers_are_scaled_words(high):
+    from genfast.kernels import philox
+
+    seed = torch.tensor([-7234567890123456789])
+    words = philox.fill_bits(seed.to(DEVICE), 5, 20, 4, 2**33, 9, 3).cpu()
+    assert torch.equal(words * high >> 32, random.integers(seed, 5, 20, high, 4, 2**33, 9, 3))
+    if not INTERPRETED:
+        got = random.integers(seed.to(DEVICE), 5, 20, high, 4, 2**33, 9, 3)
+        assert torch.equal(got.cpu(), words * high >> 32)
+
+
 @pytest.mark.parametrize("half", [False, True])
 def test_tiles_of_16_bit_data_hold_the_same_noise(half):
     """Two Philox groups a thread or one: the order of the elements is the same."""

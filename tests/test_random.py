@@ -14,6 +14,7 @@ from genfast.random import (
     box_muller,
     derive_seed,
     derive_seeds,
+    integers,
     new_seed,
     normal,
     philox4x32,
@@ -119,6 +120,58 @@ def test_a_salt_may_live_on_the_device(device):
     assert torch.equal(normal(seed, 3, 5, 1, salt=salt), normal(seed, 3, 5, 1, salt=123))
     compiled = torch.compile(lambda s, k: normal(s, 3, 5, 1, salt=k), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(seed, salt), normal(seed, 3, 5, 1, salt=123), rtol=1e-6, atol=2e-5)
+
+
+@pytest.mark.parametrize("draw", [normal, uniform])
+def test_each_row_may_have_its_own_salt(draw, device):
+    """Eager (numpy or a kernel) and traced: row i is row i of the noise of its salt. Only 24 bits of a salt count."""
+    seed = SEED.to(device)
+    values = [0, 2**24 - 1, 7, 7]
+    rows = [draw(seed, 1, 6, 3, 2**33 + i, salt, 5) for i, salt in enumerate(values)]
+    salts = torch.tensor(values, device=device)
+    got = draw(seed, 4, 6, 3, 2**33, salts, 5)
+    assert torch.equal(got, torch.cat(rows))
+    assert torch.equal(draw(seed, 4, 6, 3, 2**33, salts - 2**24, 5), got)
+    assert torch.equal(draw(seed, 4, 6, 3, 2**33, salts[3:].expand(4), 5)[2:], got[2:])
+    compiled = torch.compile(lambda s, k: draw(s, 4, 6, 3, 2**33, k, 5), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(seed, salts), got, rtol=1e-6, atol=1e-6 if device == "cpu" else 2e-5)
+    assert draw(seed, 0, 6, 3, salt=salts[:0]).shape == (0, 6)
+
+
+def test_salts_must_match_the_rows():
+    for wrong in (torch.arange(3), torch.arange(0)):
+        with pytest.raises(ValueError, match="salt: expected one element, or one for each of 2 rows"):
+            normal(SEED, 2, 3, 1, salt=wrong)
+    with pytest.raises(TypeError, match=r"salt: expected an int64 tensor, got torch\.float32"):
+        normal(SEED, 2, 3, 1, salt=torch.rand(2))
+
+
+@pytest.mark.parametrize("high", [1, 2, 1000, 2**24, 2**31 - 1, 2**31])
+def test_integers_are_scaled_words(high, device):
+    """(bits * high) >> 32, of the words that the counter gives; eager, traced, and in any window."""
+    seed, value = SEED.to(device), int(SEED) & (2**64 - 1)
+    got = integers(seed, 3, 6, high, 4, 2**33, 9, 5)
+    assert (got.dtype, got.shape) == (torch.int64, (3, 6))
+    for i, j in ((0, 5), (1, 7), (2, 10)):
+        words = philox4x32(_tensors(value & MASK, value >> 32), _tensors(j // 4, i, 2, 4 | 9 << 8))
+        assert got[i, j - 5].item() == int(words[j % 4]) * high >> 32
+    compiled = torch.compile(lambda s: integers(s, 3, 6, high, 4, 2**33, 9, 5), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(seed), got)
+    assert torch.equal(integers(seed, 1, 2, high, 4, 2**33 + 2, torch.tensor([9], device=device), 8), got[2:, 3:5])
+    salts = torch.tensor([1, 9, 3], device=device)
+    assert torch.equal(integers(seed, 3, 6, high, 4, 2**33, salts, 5)[1], got[1])
+
+
+def test_integers_pass_chi_square():
+    counts = torch.bincount(integers(SEED, DRAWS // 1000, 1000, 997, Stream.TIMESTEP).flatten(), minlength=997)
+    assert len(counts) == 997
+    assert scipy.stats.chisquare(counts.numpy()).pvalue > 1e-4
+
+
+def test_integers_say_which_bounds_they_know():
+    for high in (0, -5, 2**31 + 1):
+        with pytest.raises(ValueError, match=f"high: expected an int from 1 to 2\\^31, got {high}"):
+            integers(0, 2, 3, high, 1)
 
 
 def test_empty_noise(device):
@@ -250,7 +303,7 @@ def test_seeds_of_64_bits_signed_or_not():
         ({"salt": 2**24}, "salt: expected an int of 24 bits, got 16777216"),
     ],
 )
-@pytest.mark.parametrize("draw", [normal, uniform])
+@pytest.mark.parametrize("draw", [normal, uniform, lambda **rest: integers(high=5, **rest)])
 def test_bad_input(draw, arguments, message):
     with pytest.raises(ValueError, match=message):
         draw(**{"seed": 0, "rows": 2, "cols": 3, "stream": 1, **arguments})

@@ -16,7 +16,8 @@ from genfast.models import VAE, registry
 from genfast.run import CHECKPOINTS, TENSORBOARD, RunFolder, check_out, make_folder, read_settings
 from genfast.training import Checkpoints
 
-OLD = {"run.json", "config.json", "model.safetensors", "metrics.jsonl", "samples.png", "samples-3.png"}
+OLD = {"run.json", "config.json", "model.safetensors", "metrics.jsonl", "samples.png", "samples-3.png", "forward.png"}
+OLD |= {"reverse.png", "reverse-3.png", "reverse-3.mp4", "reverse-3.gif"}
 
 
 def model(width=4):

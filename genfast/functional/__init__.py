@@ -2,8 +2,23 @@
 
 from genfast.functional._register import explain_path
 from genfast.functional.bernoulli_nll import bernoulli_nll
+from genfast.functional.denoising_loss import denoising_loss
+from genfast.functional.forward_noising import forward_noising
 from genfast.functional.kl_normal import kl_normal
+from genfast.functional.q_sample import Noised, q_sample
 from genfast.functional.reparameterize_kl import reparameterize_kl
 from genfast.functional.reparameterize_kl_packed import reparameterize_kl_packed
+from genfast.functional.reverse_step import reverse_step
 
-__all__ = ["bernoulli_nll", "explain_path", "kl_normal", "reparameterize_kl", "reparameterize_kl_packed"]
+__all__ = [
+    "Noised",
+    "bernoulli_nll",
+    "denoising_loss",
+    "explain_path",
+    "forward_noising",
+    "kl_normal",
+    "q_sample",
+    "reparameterize_kl",
+    "reparameterize_kl_packed",
+    "reverse_step",
+]

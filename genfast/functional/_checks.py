@@ -39,6 +39,12 @@ def non_negative(name: str, value: float) -> float:
     return value if isinstance(value, (float, torch.SymFloat)) else float(value)
 
 
+def choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """One of a few names."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
 def row_index(name: str, value: int) -> None:
     """An int that is not below zero, possibly a symbolic one."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):

@@ -1,19 +1,32 @@
-"""Drop-in for the posterior of diffusers' autoencoders."""
+"""Drop-ins for diffusers: the posterior of its autoencoders, and its DDPM scheduler."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from genfast.functional import kl_normal, reparameterize_kl_packed
 
-__all__ = ["DiagonalGaussianDistribution"]
+if TYPE_CHECKING:
+    from genfast.integrations._diffusers_scheduler import DDPMScheduler
+
+__all__ = ["DDPMScheduler", "DiagonalGaussianDistribution"]
 
 _LOGVAR_RANGE = (-30.0, 20.0)
+
+
+def __getattr__(name: str) -> Any:
+    # A subclass of theirs: the posterior works without diffusers.
+    if name == "DDPMScheduler":
+        from genfast.integrations._diffusers_scheduler import DDPMScheduler
+
+        return DDPMScheduler
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class DiagonalGaussianDistribution:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from genfast import profiling
 from genfast._files import replacing
 from genfast.functional import bernoulli_nll
+from genfast.functional._checks import choice as check_choice
 from genfast.models.networks import add_mlp, conv_decoder, conv_encoder, largest_activation, run_mlp
 from genfast.random import Stream, as_seed, normal, uniform
 
@@ -535,16 +536,9 @@ class LatentImageModel(Model):
 
     def _check_images(self, x: Tensor, name: str = "x") -> Tensor:
         """[B, C, H, W], from that shape, [B, C * H * W], or [B, H, W] where C is 1."""
-        if x.dtype == torch.bool and self.likelihood == "bernoulli":
-            x = x.to(self.dtype)
-        if x.dtype != torch.uint8 and not x.is_floating_point():
-            kinds = ", uint8 or bool" if self.likelihood == "bernoulli" else " or uint8"
-            raise ValueError(f"{name}: expected floats in [0, 1]{kinds}, got {x.dtype}")
-        accepted = [self.image_shape, (self._pixels,), self.image_shape[1:] if self.image_shape[0] == 1 else ()]
-        if x.dim() < 2 or tuple(x.shape[1:]) not in accepted:
-            shapes = " or ".join(str(["B", *shape]).replace("'", "") for shape in accepted if shape)
-            raise ValueError(f"{name}: expected images of shape {shapes}, got {list(x.shape)}")
-        return x.reshape(-1, *self.image_shape)
+        bools = self.likelihood == "bernoulli"
+        x = check_images(name, x, self.image_shape, bools)
+        return x.to(self.dtype) if x.dtype == torch.bool else x
 
     def _network_input(self, x: Tensor) -> Tensor:
         """Floats in [0, 1] of the parameters' dtype."""
@@ -618,9 +612,16 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+def check_images(name: str, x: Tensor, image_shape: tuple[int, ...], bools: bool = False) -> Tensor:
+    """[B, C, H, W], from that shape, [B, C * H * W], or [B, H, W] where C is 1; floats, uint8 or (if allowed) bool."""
+    if x.dtype != torch.uint8 and not x.is_floating_point() and not (bools and x.dtype == torch.bool):
+        kinds = ", uint8 or bool" if bools else " or uint8"
+        raise ValueError(f"{name}: expected floats in [0, 1]{kinds}, got {x.dtype}")
+    accepted = [image_shape, (math.prod(image_shape),), image_shape[1:] if image_shape[0] == 1 else ()]
+    if x.dim() < 2 or tuple(x.shape[1:]) not in accepted:
+        shapes = " or ".join(str(["B", *shape]).replace("'", "") for shape in accepted if shape)
+        raise ValueError(f"{name}: expected images of shape {shapes}, got {list(x.shape)}")
+    return x.reshape(-1, *image_shape)
 
 
 def _check_sizes(name: str, sizes: Sequence[int], count: int | None = None) -> None:

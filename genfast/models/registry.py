@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 
 from genfast.models.autoencoder import AutoEncoder
 from genfast.models.base import Model, read_config
+from genfast.models.diffusion import DDPM
 from genfast.models.vae import VAE
 
 __all__ = ["FAMILIES", "Family", "get_family", "load"]
@@ -26,6 +27,7 @@ class Family:
         model: its class.
         build_options: arguments of the constructor that a user may set by name.
         loss_options: arguments of ``loss`` that a user may set by name.
+        defaults: options of ``genfast train`` that this family wants otherwise than all others, where none is given.
 
     Example:
         >>> get_family("vae").build((1, 28, 28), latent_dim=2).latent_dim
@@ -37,6 +39,7 @@ class Family:
     model: type[Model]
     build_options: tuple[str, ...]
     loss_options: tuple[str, ...]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def build(self, image_shape: Sequence[int], **options: Any) -> Model:
         """A model for images of shape (C, H, W); ValueError for an option that the family does not take."""
@@ -46,6 +49,10 @@ class Family:
         return self.model(image_shape=tuple(image_shape), **options)
 
 
+_DIFFUSION_OPTIONS = (
+    "schedule", "num_steps", "objective", "preset", "weighting", "gamma", "variance", "clip_x0", "fused",
+)  # fmt: skip
+_DIFFUSION_DEFAULTS = {"preset": "tiny", "batch_size": 64, "lr": 1e-3, "ema_decay": 0.995}
 _NETWORK_OPTIONS = ("latent_dim", "hidden_dims", "preset", "likelihood", "sigma", "fused")
 
 FAMILIES: dict[str, Family] = {
@@ -53,6 +60,7 @@ FAMILIES: dict[str, Family] = {
     for family in (
         Family("vae", "variational autoencoder", VAE, _NETWORK_OPTIONS, ("beta", "free_bits")),
         Family("ae", "autoencoder", AutoEncoder, _NETWORK_OPTIONS, ()),
+        Family("ddpm", "diffusion model", DDPM, _DIFFUSION_OPTIONS, (), _DIFFUSION_DEFAULTS),
     )
 }
 

@@ -3,6 +3,22 @@
 Each module has `forward`, which autograd can differentiate, and `backward`, the explicit gradient that the op uses.
 """
 
-from genfast.reference import bernoulli_nll, kl_normal, reparameterize_kl, reparameterize_kl_packed
+from genfast.reference import (
+    bernoulli_nll,
+    denoising_loss,
+    forward_noising,
+    kl_normal,
+    reparameterize_kl,
+    reparameterize_kl_packed,
+    reverse_step,
+)
 
-__all__ = ["bernoulli_nll", "kl_normal", "reparameterize_kl", "reparameterize_kl_packed"]
+__all__ = [
+    "bernoulli_nll",
+    "denoising_loss",
+    "forward_noising",
+    "kl_normal",
+    "reparameterize_kl",
+    "reparameterize_kl_packed",
+    "reverse_step",
+]

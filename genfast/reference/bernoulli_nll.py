@@ -46,8 +46,3 @@ def forward_with_grad(logits: Tensor, x: Tensor, mean: bool) -> tuple[Tensor, Te
     if mean:
         total, gradient = total / logits.shape[0], gradient / logits.shape[0]
     return total, gradient.to(logits.dtype)
-
-
-def rescale(x: Tensor, factor: Tensor) -> None:
-    """x *= factor in place."""
-    x.mul_(factor.to(x.dtype) if x.dtype == torch.float64 else factor)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Self
 
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["Progress", "describe"]
+__all__ = ["Progress", "counting", "describe", "digits"]
 
 _REFRESH_SECONDS = 0.25
+# Between the lines about one long computation, where there is no terminal.
+_LINE_SECONDS = 30.0
 _SHOWN = ("loss", "nll", "kl")
 
 
@@ -23,11 +27,21 @@ def describe(row: dict[str, float], epochs: int) -> str:
         'epoch  2/10  loss 110.25  nll 90.00  kl 20.25  test loss 108.00  9,984 images/s'
     """
     words = [f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}"]
-    words += [f"{name} {row[name]:.2f}" for name in _SHOWN if name in row]
+    words += [f"{name} {digits(row[name])}" for name in _SHOWN if name in row]
     test = "test_elbo" if "test_elbo" in row else "test_loss"
     if test in row:
-        words.append(f"{test.replace('_', ' ')} {row[test]:.2f}")
+        words.append(f"{test.replace('_', ' ')} {digits(row[test])}")
     return "  ".join([*words, f"{row['images_per_second']:,.0f} images/s"])
+
+
+def digits(value: float, decimals: int = 2) -> str:
+    """A number with so many decimals, and with four where its size is below 1.
+
+    Example:
+        >>> digits(110.25), digits(0.03127)
+        ('110.25', '0.0313')
+    """
+    return f"{value:.{decimals if abs(value) >= 1 else 4}f}"
 
 
 class Progress:
@@ -70,7 +84,7 @@ class Progress:
         self.bar.advance(self.task)
         now = time.perf_counter()
         if now - self.refreshed >= _REFRESH_SECONDS:
-            shown = [f"{name} {float(values[name]):.2f}" for name in _SHOWN if name in values]
+            shown = [f"{name} {digits(float(values[name]))}" for name in _SHOWN if name in values]
             rate = f"{self.images / (now - self.started):,.0f} images/s"
             self.bar.update(self.task, values="  ".join([*shown, rate]))
             self.refreshed = now
@@ -80,6 +94,47 @@ class Progress:
             self.bar.console.print(describe(row, self.epochs), highlight=False)
         elif self.show:
             print(describe(row, self.epochs), flush=True)
+
+
+@contextmanager
+def counting(module: nn.Module | None, total: int, what: str) -> Iterator[None]:
+    """Show how many of `total` calls of a module are done: in a bar on a terminal, else in a line now and then.
+
+    Replays of a CUDA graph call no module: there the bar stands still for the seconds that they take, as without one.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> with counting(layer, 1, "one call"):
+        ...     _ = layer(layer.weight)
+        one call
+    """
+    bar = _make_bar() if sys.stdout.isatty() else None
+    if bar is None:
+        print(what, flush=True)
+    else:
+        bar.start()
+        task = bar.add_task(what, total=total, values="")
+    started = said = time.perf_counter()
+    done = 0
+
+    def count(*_: object) -> None:
+        nonlocal done, said
+        done += 1
+        now = time.perf_counter()
+        if bar is not None:
+            bar.update(task, completed=done, values=f"{done:,} / {total:,}")
+        elif now - said >= _LINE_SECONDS:
+            said = now
+            print(f"{done:,} / {total:,} in {now - started:.0f} s", flush=True)
+
+    hook = None if module is None else module.register_forward_hook(count)
+    try:
+        yield
+    finally:
+        if hook is not None:
+            hook.remove()
+        if bar is not None:
+            bar.stop()
 
 
 def _make_bar():

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from genfast import profiling, random
+from genfast.capture import Captured
 from genfast.models.base import Model
 from genfast.training import distributed
-from genfast.training.capture import Captured
 from genfast.training.ema import EMA
 
 if TYPE_CHECKING:

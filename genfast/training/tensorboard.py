@@ -14,6 +14,8 @@ from genfast.training.distributed import is_sharded
 __all__ = ["Board"]
 
 _SAMPLES = 64
+# Of a model that takes many steps: as dear as training on about 130 images.
+_FEW, _STEPS = 16, 25
 _NOT_SHOWN = ("epoch",)
 
 
@@ -66,6 +68,8 @@ class Board:
                 self.writer.add_scalar(f"{group}/{name.removeprefix('test_')}", value, steps)
         # Rank 0 alone is here, and a sharded model needs all. What others call `sample` may take other arguments.
         if isinstance(model, Model) and hasattr(model, "sample") and not is_sharded(model):
+            quick = getattr(model, "quick_sampling", None)
+            options = {"n": _SAMPLES} if quick is None else {"n": _FEW, **quick(_STEPS)}
             # One seed for all epochs, so that the pictures show the model's change alone.
-            self.writer.add_images("samples", model.sample(_SAMPLES, seed=0).clamp(0, 1), steps)
+            self.writer.add_images("samples", model.sample(**options, seed=0).clamp(0, 1), steps)
         self.writer.flush()

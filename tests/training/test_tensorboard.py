@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import genfast
-from genfast.models import VAE
+from genfast.models import DDPM, VAE
 from genfast.training.tensorboard import Board
 
 IMAGES = torch.randint(0, 256, (24, 1, 6, 6), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
@@ -149,6 +149,18 @@ def test_a_run_killed_as_an_epoch_was_shown(tmp_path):
     fit(vae(), **options, resume=True)
     scalars, images = read(tmp_path / "parts")
     assert steps(scalars["test/elbo"]) == steps(images["samples"]) == [4, 8, 12]
+
+
+@pytest.mark.parametrize("schedule", ["linear", "rectified-flow"])
+def test_samples_of_a_model_that_takes_many_steps_cost_little(schedule, tmp_path):
+    model = DDPM(image_shape=(1, 8, 8), preset="tiny", schedule=schedule)
+    rows = []
+    model.net.register_forward_hook(lambda net, inputs, out: rows.append(len(out)))
+    with Board(tmp_path) as board:
+        board.epoch(4, {"epoch": 1}, model)
+    assert rows == [16] * 25
+    _, images = read(tmp_path)
+    assert steps(images["samples"]) == [4]
 
 
 def test_any_model_has_scalars(tmp_path):

@@ -1,4 +1,4 @@
-"""A step as one CUDA graph."""
+"""A step, of training or of sampling, as one CUDA graph."""
 
 from __future__ import annotations
 
@@ -24,10 +24,14 @@ class Captured(Generic[_T]):
     Args:
         function: reads and writes the same tensors at every call, and never waits for the device.
         device: a CUDA device.
+        name: what the warning calls it.
     """
 
-    def __init__(self, function: Callable[[], _T], device: torch.device) -> None:
+    def __init__(
+        self, function: Callable[[], _T], device: torch.device, name: str = "mode graph: the step"
+    ) -> None:
         self.function = function
+        self.name = name
         self.stream = torch.cuda.Stream(device)
         self.calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -63,7 +67,7 @@ class Captured(Generic[_T]):
         if waits:
             self.failed = True
             at = f"{waits[0].filename}:{waits[0].lineno}"
-            warnings.warn(f"mode graph: the step waits for the device ({at}); steps run eagerly", stacklevel=5)
+            warnings.warn(f"{self.name} waits for the device ({at}); steps run eagerly", stacklevel=5)
         return result
 
     def _call_on_stream(self) -> _T:
@@ -91,7 +95,7 @@ class Captured(Generic[_T]):
             generator.graphsafe_set_state(generator_state)
             torch.cuda.synchronize(self.stream.device)
             reason = _reason(error)
-            warnings.warn(f"mode graph: the step cannot be captured ({reason}); steps run eagerly", stacklevel=4)
+            warnings.warn(f"{self.name} cannot be captured ({reason}); steps run eagerly", stacklevel=4)
             return False
         self.graph = graph
         return True

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.optim import SGD
 
+from genfast.capture import _reason
 from genfast.training import TrainStep
-from genfast.training.capture import _reason
 
 
 class Net(nn.Linear):

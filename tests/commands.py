@@ -1,0 +1,40 @@
+"""The command line in this process, and what it reads and writes, for tests."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+from genfast.__main__ import main
+
+
+def succeeds(capsys, *arguments):
+    code = main([str(argument) for argument in arguments])
+    printed = capsys.readouterr()
+    assert code == 0, printed.err
+    return printed.out
+
+
+def fails(capsys, *arguments, code=2):
+    """The one line on stderr of a command that fails."""
+    assert main([str(argument) for argument in arguments]) == code
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def names(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def write_images(folder, count=12, size=(28, 28)):
+    folder.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (count, size[1], size[0]), dtype=np.uint8)
+    for index, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / f"{index:02}.png")
+    return folder
