@@ -45,7 +45,7 @@ class Tolerance:
 # unit in the last place of 16 bits (a whole one where the interpreter truncates bf16). Their absolute part is the
 # error of one normal (none, 5e-7 interpreted, 4e-6 with the sine and cosine of the hardware) times 10: the standard
 # deviations and incoming gradients of the inputs below multiply it by at most that.
-# Losses are means of squares of pred - target, so an error d of the noise shows as 2 d |pred - target|, which is at most
+# Losses are means of squares of pred - target, so an error d of the noise shows as 2 d |pred - target|, no more than
 # rtol loss + d^2 / rtol.
 _SUMS = Tolerance(1e-6)
 TOLERANCES = {
@@ -116,9 +116,13 @@ class Case:
         one = TOLERANCES[path][dtype]
         return Tolerance(self.roundings * one.rtol, one.atol if self.noisy else NOISELESS_ATOL)
 
-    def scale(self, output: str, inputs: Inputs) -> int:
-        """A size for the incoming gradient of an output that makes gradients of a size that tolerances are made for."""
-        return max(1, next(iter(inputs.values()))[:1].numel()) if output in self.losses else 1
+    def upstream(self, inputs: Inputs, outputs: Outputs) -> list[Tensor]:
+        """Incoming gradients of one size, which makes gradients of the size that the tolerances are made for."""
+        elements = max(1, next(iter(inputs.values()))[:1].numel())
+        return [
+            torch.full_like(output, elements if name in self.losses else 1)
+            for name, output in zip(self.outputs, outputs, strict=True)
+        ]
 
     @property
     def name(self) -> str:
@@ -336,10 +340,10 @@ def _denoising_loss(
         made, wanted = asked(inputs)
         pred, x, eps = inputs["pred"], inputs["x"], inputs["eps"]
         x = x.to(pred.dtype) * 2 / 255 - 1 if binary else x
-        p, q = (c.to(pred.dtype).view(-1, *[1] * (pred.dim() - 1)) for c in made.target_coefficients(inputs["t"], wanted))
-        if wanted in ("epsilon", "x0"):
-            target = eps if wanted == "epsilon" else x
-        else:
+        rows = (-1, *[1] * (pred.dim() - 1))
+        p, q = (c.to(pred.dtype).view(rows) for c in made.target_coefficients(inputs["t"], wanted))
+        target = {"epsilon": eps, "x0": x}.get(wanted)
+        if target is None:
             target = p * x + q * eps
         if weighting == "none" and reduction == "mean":
             return (F.mse_loss(pred.float(), target.float()),)
@@ -517,7 +521,7 @@ def cases(op: str) -> list[Case]:
 def run(
     case: Case, chain: str, inputs: Inputs, upstream: list[Tensor] | None = None
 ) -> tuple[Outputs, dict[str, Tensor]]:
-    """Outputs and gradients of one chain ("fused", "eager" or "exact") for fixed incoming gradients (`Case.scale` if None)."""
+    """Outputs and gradients of one chain ("fused", "eager" or "exact"); `Case.upstream` comes in if None."""
     if chain == "exact":
         inputs = wide(inputs)
     leaves = {name: inputs[name].detach().requires_grad_() for name in differentiable(inputs)}
@@ -525,7 +529,7 @@ def run(
     if not leaves:
         return outputs, {}
     if upstream is None:
-        upstream = [torch.full_like(output, case.scale(name, inputs)) for name, output in zip(case.outputs, outputs)]
+        upstream = case.upstream(inputs, outputs)
     upstream = [grad.to(output.dtype) for grad, output in zip(upstream, outputs, strict=True)]
     grads = torch.autograd.grad(outputs, list(leaves.values()), upstream)
     return tuple(output.detach() for output in outputs), dict(zip(leaves, grads, strict=True))

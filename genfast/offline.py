@@ -124,7 +124,13 @@ def recorded(function: Callable[[], Any]) -> list[Launch]:
 def every_launch(dtype: torch.dtype, shape: tuple[int, ...] = (8192, 4096)) -> dict[str, Kernel]:
     """Every kernel of the library as it is launched for tensors of `shape` and `dtype`; a name begins with its op's."""
     from genfast.kernels import (
-        _rescale, bernoulli_nll, denoising_loss, forward_noising, kl_normal, philox, reparameterize_kl,
+        _rescale,
+        bernoulli_nll,
+        denoising_loss,
+        forward_noising,
+        kl_normal,
+        philox,
+        reparameterize_kl,
         reparameterize_kl_packed,
     )  # fmt: skip
 

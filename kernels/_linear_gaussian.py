@@ -17,7 +17,7 @@ MIN_SNR = tl.constexpr(1)
 
 @triton.jit
 def find_entry(t, t_s, sample, exists, size, INDEXED: tl.constexpr):
-    """Each row's index into the tables, and whether there is such an entry: t may point outside, and is not followed."""
+    """Each row's index into the tables, and whether there is such an entry: a t that points outside is not followed."""
     if INDEXED:
         index = tl.load(t + sample * t_s, mask=exists, other=0)
         return index, exists & (index >= 0) & (index < size)

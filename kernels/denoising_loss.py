@@ -8,8 +8,14 @@ import triton.language as tl
 from torch import Tensor
 
 from genfast.kernels._linear_gaussian import (
-    EPSILON, X0, entry, find_entry, loss_weight, read_clean, target_coefficients,
-)  # fmt: skip
+    EPSILON,
+    X0,
+    entry,
+    find_entry,
+    loss_weight,
+    read_clean,
+    target_coefficients,
+)
 from genfast.kernels._math import reciprocal
 from genfast.kernels.launch import TILE, launch, locate, read, tile, tile_mask, tile_rows
 from genfast.kernels.philox import tile_normal

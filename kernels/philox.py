@@ -101,10 +101,7 @@ def _fill(
     row = (program // chunks).to(tl.int64) * R + tl.arange(0, R)[:, None]
     chunk = (program % chunks).to(tl.int64)
     group = col_offset // 4 + (chunk * (C // 4) + tl.arange(0, C // 4))[None, :]
-    if SALTS:
-        salted = tl.load(salt + row, mask=row < rows, other=0)
-    else:
-        salted = tl.load(salt)
+    salted = tl.load(salt + row, mask=row < rows, other=0) if SALTS else tl.load(salt)
     if KIND == "normal":
         e0, e1, e2, e3 = _four_normals(tl.load(seed), group, row + row_offset, salted, STREAM, FAST)
         value = interleave(e0, e1, e2, e3, R, C)

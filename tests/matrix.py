@@ -43,8 +43,8 @@ def upstream(case: Case, inputs: Inputs, seed: int = 1) -> list[Tensor]:
     with torch.no_grad():
         outputs = case.fused(inputs)
     return [
-        case.scale(name, inputs) * torch.randn(out.shape, generator=generator).to(out.device, out.dtype)
-        for name, out in zip(case.outputs, outputs, strict=True)
+        size * torch.randn(size.shape, generator=generator).to(size.device, size.dtype)
+        for size in case.upstream(inputs, outputs)
     ]
 
 
@@ -270,8 +270,7 @@ class OpMatrix:
             outputs = compiled({**inputs, **leaves})
             got = tuple(out.detach() for out in outputs), {}
             if leaves:
-                ones = [torch.full_like(out, case.scale(name, inputs)) for name, out in zip(case.outputs, outputs)]
-                grads = torch.autograd.grad(outputs, list(leaves.values()), ones)
+                grads = torch.autograd.grad(outputs, list(leaves.values()), case.upstream(inputs, outputs))
                 got[1].update(zip(leaves, grads, strict=True))
             assert_close(case, got, want, torch.float32, device)
 

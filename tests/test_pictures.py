@@ -67,7 +67,10 @@ def test_pieces_of_many_images(monkeypatch, capsys):
     model = DDPM(preset="tiny", image_shape=(1, 8, 8))
     whole = draw(model, 5, seed=0, sampler="ddim", steps=2)
     monkeypatch.setattr(pictures, "_AT_ONCE", 2)
+    sizes = []
+    model.net.register_forward_hook(lambda net, inputs, out: sizes.append(len(out)))
     assert torch.allclose(draw(model, 5, seed=0, sampler="ddim", steps=2), whole, atol=1e-5)
+    assert sizes == [2, 2, 2, 2, 1, 1]
     rest = draw(model, 2, seed=0, sampler="ddim", steps=2, row_offset=3)
     assert torch.allclose(rest, whole[3:], atol=1e-5)
 

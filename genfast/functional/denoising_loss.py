@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from genfast.functional import _checks
@@ -12,8 +11,12 @@ from genfast.functional._register import register
 from genfast.functional._stored import may_store, reduced, register_stored_gradient
 from genfast.functional.q_sample import Noised, entries
 from genfast.reference._linear_gaussian import (
-    OBJECTIVES, WEIGHTINGS, gathered, target_coefficients, wide_rows,
-)  # fmt: skip
+    OBJECTIVES,
+    WEIGHTINGS,
+    gathered,
+    target_coefficients,
+    wide_rows,
+)
 from genfast.schedules import Schedule
 
 _op = register("denoising_loss", "denoising_loss", "forward")

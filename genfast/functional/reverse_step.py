@@ -193,3 +193,13 @@ def _check_given(x_prev: Tensor, x_t: Tensor, log_prob: bool, seed: Any, noise: 
     for name, value in (("seed", seed), ("noise", noise)):
         if value is not None:
             raise ValueError(f"{name}: expected None when x_prev is given, since nothing is drawn")
+
+
+def step_between(
+    x_t: Tensor, pred: Tensor, now: Tensor, prev: Tensor, salt: Tensor, seed: Tensor | None, noise: Tensor | None,
+    objective: str, eta: float, clip: float | None, variance: str,
+) -> Tensor:
+    """x_prev by tables [4, B] of one's own, such as coefficients rounded as other code rounds them; nothing checked."""
+    return _op(
+        x_t, pred, now, prev, None, None, salt, seed, noise, None, 0, objective, 1.0, eta, clip, variance, True, False
+    )[0]

@@ -48,8 +48,7 @@ class UNet(nn.Module):
 
     Residual blocks (GroupNorm, SiLU, convolution, twice) that add an embedding of the time t, self-attention at some
     resolutions and in the middle, and skip connections by concatenation. The last convolution of each block, the last
-    layer of each attention and the output layer start at zero (Nichol and Dhariwal, "Improved denoising diffusion
-    probabilistic models", ICML 2021), so that a new net predicts 0.
+    layer of each attention and the output layer start at zero: a new net predicts 0.
 
     ========= ======== ============ ========== ========= ======= ===== ========== ==========
     preset    channels mults        res blocks attention dropout heads parameters (3, 32, 32)
@@ -63,8 +62,8 @@ class UNet(nn.Module):
     for a CPU, ``small`` for MNIST on one GPU, and ``base`` is the network of Ho et al. for CIFAR-10.
 
     Images of any size pass: each level has half the side of the one before it, rounded up, and the way up resizes to
-    the sizes of the way down. ``net.to(memory_format=torch.channels_last)`` keeps all activations in that layout, save
-    that torch's GroupNorm for CUDA returns contiguous ones when it is not compiled.
+    the sizes of the way down. ``net.to(memory_format=torch.channels_last)`` keeps all activations in that layout without
+    a copy, save that torch's GroupNorm for CUDA returns contiguous ones where it is not compiled.
 
     Args:
         image_shape: (C, H, W).
@@ -78,8 +77,8 @@ class UNet(nn.Module):
         out_channels: of the output. None: C; 2 C where the net predicts a variance as well.
         groups: of the GroupNorms, a divisor of ``channels``. None: at most 32, of at least 4 channels each.
         heads: of the attention, a divisor of the widths where there is attention.
-        scale_shift: the time scales and shifts what the second GroupNorm of a block returns, as in Nichol and
-            Dhariwal, instead of being added before it.
+        scale_shift: the time scales and shifts what the second GroupNorm of a block returns, instead of being added
+            before it (Nichol and Dhariwal, "Improved denoising diffusion probabilistic models", ICML 2021).
 
     Raises:
         ValueError: an argument is out of range, or does not fit the others.

@@ -188,26 +188,26 @@ def test_equals_the_flow_matching_scheduler_of_diffusers(device):
 @pytest.mark.parametrize("steps", [1000, 50])
 def test_is_nearer_to_fp64_than_diffusers(steps, dtype, device):
     """The largest error of one step with the same noise, over all steps; theirs with their own tables."""
-    theirs = _diffusers(DDPMScheduler, "epsilon", False, timestep_spacing="trailing")
-    theirs.set_timesteps(steps)
+    scheduler = _diffusers(DDPMScheduler, "epsilon", False, timestep_spacing="trailing")
+    scheduler.set_timesteps(steps)
     schedule = schedules.linear(1000).to(device)
-    x_t, eps = (x.to(dtype) for x in _pair((1, 4096), "cpu"))
-    errors = {"ours": 0.0, "theirs": 0.0}
-    times = schedule.timesteps(steps).tolist()
-    for t, t_prev in pairwise(times):
-        noise = torch.randn(1, 4096, generator=torch.Generator().manual_seed(t), dtype=dtype)
-        bar, bar_s = reverse.ALPHA_BAR[t], reverse.ALPHA_BAR[t_prev] if t_prev >= 0 else torch.ones(()).double()
-        # Unlike at T - 1, nothing magnifies the error of the inputs themselves.
-        x0 = (x_t.double() - (1 - bar).sqrt() * eps.double()) / bar.sqrt()
-        mean, variance, _ = reverse.ddpm(x_t.double(), x0, bar, bar_s)
-        want = mean + variance.sqrt() * noise.double()
-        got = reverse_step(x_t.to(device), eps.to(device), t, t_prev, schedule, noise=noise.to(device)).cpu()
-        other = theirs.step(eps, t, x_t, torch.Generator().manual_seed(t)).prev_sample
-        for name, value in (("ours", got), ("theirs", other)):
-            errors[name] = max(errors[name], ((value.double() - want).abs() / (1 + want.abs())).max().item())
-    print(f"{steps} steps, {dtype}: {errors}")
-    assert errors["ours"] < errors["theirs"] / 2
-    assert errors["ours"] < (2e-6 if dtype == torch.float32 else 2**-8)
+    x_t, eps = (x.to(dtype) for x in _pair((steps, 64), "cpu"))
+    t, t_prev = (times.to(device) for times in (schedule.timesteps(steps)[:-1], schedule.timesteps(steps)[1:]))
+    noise = torch.cat([torch.randn(1, 64, generator=torch.Generator().manual_seed(i), dtype=dtype) for i in t.tolist()])
+    bar, bar_s = (torch.cat([reverse.ALPHA_BAR, torch.ones(1)])[times.cpu(), None] for times in (t, t_prev))
+    x0 = (x_t.double() - (1 - bar).sqrt() * eps.double()) / bar.sqrt()
+    mean, variance, _ = reverse.ddpm(x_t.double(), x0, bar, bar_s)
+    want = mean + variance.sqrt() * noise.double()
+    ours = reverse_step(x_t.to(device), eps.to(device), t, t_prev, schedule, noise=noise.to(device)).cpu()
+    theirs = [
+        scheduler.step(eps[i : i + 1], now, x_t[i : i + 1], torch.Generator().manual_seed(now)).prev_sample
+        for i, now in enumerate(t.tolist())
+    ]
+    errors = [((value.double() - want).abs() / (1 + want.abs())).max().item() for value in (ours, torch.cat(theirs))]
+    print(f"{steps} steps, {dtype}: ours {errors[0]:.1e}, theirs {errors[1]:.1e}")
+    # In bf16 most of either error is that of the result itself.
+    assert errors[0] < errors[1] / (2 if dtype == torch.float32 else 1)
+    assert errors[0] < (1e-6 if dtype == torch.float32 else 2**-7)
 
 
 @pytest.mark.parametrize("objective", schedules.OBJECTIVES)
@@ -227,7 +227,7 @@ def test_the_deterministic_step_is_q_sample_with_the_same_noise(name, objective,
         p, q = schedule.target_coefficients(torch.tensor([t], device=device), objective)
         got = reverse_step(x_t, p * x0 + q * noise, t, s, schedule, objective=objective, eta=0.0)
         a, b = schedule.coefficients(torch.tensor([s], device=device))
-        torch.testing.assert_close(got, a * x0 + b * noise, rtol=2e-5, atol=2e-5)
+        torch.testing.assert_close(got, a * x0 + b * noise, rtol=2e-5, atol=5e-5)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])

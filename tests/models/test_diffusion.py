@@ -17,7 +17,6 @@ from genfast.models.diffusion import _Sampling
 from genfast.models.registry import get_family, load
 from genfast.random import Stream, normal
 from genfast.training import TrainStep
-from tests.models.vae_tutorial import blobs
 
 SHAPE = (1, 8, 8)
 ZERO_SNR = {"name": "linear", "num_steps": 50, "zero_terminal_snr": True}
@@ -305,16 +304,18 @@ def test_a_net_of_another_shape_is_refused(out, message, x):
 
 
 def test_training_learns():
-    x = (blobs(32)[:, :, ::4, ::4].contiguous() * 255).to(torch.uint8).reshape(-1, 1, 7, 7)
-    net = UNet((1, 7, 7), channels=16, channel_mults=(1,), num_res_blocks=1)
-    model = DDPM(net, image_shape=(1, 7, 7), num_steps=50)
+    """Two images, which are then what is sampled."""
+    x = torch.zeros(2, *SHAPE, dtype=torch.uint8)
+    x[0, 0, :4], x[1, 0, 4:] = 255, 255
+    model = DDPM(UNet(SHAPE, channels=16, channel_mults=(1,), num_res_blocks=1), "rectified-flow", image_shape=SHAPE)
     step = TrainStep(model, torch.optim.Adam(model.parameters(), lr=5e-3), ema_decay=0.9)
-    first, *losses = [step(x, seed=i)["loss"].item() for i in range(60)]
-    assert first == pytest.approx(1, abs=0.1)
-    assert sum(losses[-10:]) / 10 < 0.5
-    # What is sampled from the average looks like the data: mostly black, as noise is not.
-    images = step.ema.module.sample(32, sampler="ddim", steps=10, seed=0)
-    assert abs(images.mean() - x.float().mean() / 255) < 0.1
+    batch = x.repeat(8, 1, 1, 1)
+    first, *losses = [step(batch, seed=i)["loss"].item() for i in range(80)]
+    assert first == pytest.approx(2, abs=0.3)
+    assert sum(losses[-10:]) / 10 < 0.4
+    images = step.ema.module.sample(16, steps=10, seed=0).unsqueeze(1)
+    distance = (images - x / 255).abs().flatten(2).mean(2).min(1).values
+    assert distance.mean() < 0.15
 
 
 # What does not go together.
@@ -485,7 +486,7 @@ def test_one_seed_gives_the_same_images_at_every_batch_size(options):
     model = small(num_steps=6)
     whole = model.sample(64, seed=7, row_offset=5, trajectory=True, **options)
     assert whole.shape == (7, 64, *SHAPE)
-    assert whole[:, 0].std(dim=0).max() > 0.05
+    assert whole[-1].std(0).max() > 0.05
     for batch_size in (1, 8, 60):
         pieces = model.sample(64, seed=7, row_offset=5, trajectory=True, batch_size=batch_size, **options)
         assert torch.equal(pieces[0], whole[0])
@@ -703,14 +704,14 @@ def test_the_forward_process_follows_one_path(x):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"variance": "learned_range"}, {"schedule": "edm"}, {"schedule": "rectified-flow"}]
+    "options",
+    [{}, {"fused": False}, {"variance": "learned_range"}, {"schedule": "edm"}, {"schedule": "rectified-flow"}],
+    ids=["fused", "ordinary", "learned", "edm", "flow"],
 )
-@pytest.mark.parametrize("fused", [True, False])
-def test_compiled_loss_and_gradients_are_the_eager_ones(options, fused, x):
-    model = small(fused=fused, **options)
+def test_compiled_loss_and_gradients_are_the_eager_ones(options, x):
+    model = small(**options)
     eager = model.loss(x, seed=1)
     expected = gradients(model, eager["loss"])
-    sampled = model.sample(2, steps=3, seed=0)
     keys = list(model.state_dict())
     model.compile(backend="aot_eager")
     for seed in (1, torch.tensor([1])):
@@ -719,8 +720,16 @@ def test_compiled_loss_and_gradients_are_the_eager_ones(options, fused, x):
     for left, right in zip(gradients(model, compiled["loss"]), expected, strict=True):
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
     assert counters["stats"]["unique_graphs"] == 1
-    torch.testing.assert_close(model.sample(2, steps=3, seed=0), sampled)
     assert list(model.state_dict()) == keys
+
+
+def test_a_compiled_model_samples_the_same(x):
+    model = small()
+    sampled, bits = model.sample(2, steps=3, seed=0), model.bits_per_dim(x, steps=3, seed=0)
+    model.compile(backend="eager")
+    torch.testing.assert_close(model.sample(2, steps=3, seed=0), sampled)
+    torch.testing.assert_close(model.bits_per_dim(x, steps=3, seed=0), bits)
+    assert counters["stats"]["unique_graphs"] <= 2
 
 
 def test_inductor_gives_the_eager_loss(x):
@@ -736,20 +745,25 @@ def test_inductor_gives_the_eager_loss(x):
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_autocast_and_half_precision_models(compiled, x):
-    model = DDPM(preset="tiny", image_shape=SHAPE, num_steps=50)
-    nn.init.normal_(model.net.head.weight, std=0.05)
+    model = small()
     full = model.loss(x, seed=1)["loss"]
     half = copy.deepcopy(model).to(torch.bfloat16)
     if compiled:
         model.compile(backend="aot_eager")
         half.compile(backend="aot_eager")
-    for images in (x, x / 255):
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = model.loss(images, seed=1)["loss"]
+    batches = (x,) if compiled else (x, x / 255)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = [model.loss(batch, seed=1)["loss"] for batch in batches]
+    losses += [half.loss(batch, seed=1)["loss"] for batch in batches]
+    for loss in losses:
         assert loss.dtype == torch.float32
         torch.testing.assert_close(loss, full, rtol=0.02, atol=0)
-        torch.testing.assert_close(half.loss(images, seed=1)["loss"], full, rtol=0.02, atol=0)
     assert half.schedule.tables.dtype == torch.float32
+
+
+def test_half_precision_models_sample_in_full_precision():
+    model = small()
+    half = copy.deepcopy(model).to(torch.bfloat16)
     images = half.sample(2, steps=3, seed=0)
     assert images.dtype == torch.float32
     torch.testing.assert_close(images, model.sample(2, steps=3, seed=0), rtol=0, atol=0.1)

@@ -236,9 +236,10 @@ def test_channels_last_stays_and_nothing_is_copied(scale_shift):
     expected, gradient = net(x, T), images(2, 12, 12)
     gradients = torch.autograd.grad(expected, list(net.parameters()), gradient)
     net.to(memory_format=torch.channels_last)
-    x, gradient = (images.to(memory_format=torch.channels_last) for images in (x, gradient))
+    x, gradient = (each.to(memory_format=torch.channels_last) for each in (x, gradient))
+    t = T.float()
     with Recorder([(12, 12), (6, 6), (3, 3)]) as recorder:
-        y = net(x, T.float())
+        y = net(x, t)
         y.backward(gradient)
     assert recorder.contiguous == []
     assert not {"clone", "copy_", "_to_copy", "contiguous"} & set(recorder.counts)
