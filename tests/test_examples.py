@@ -30,6 +30,15 @@ def test_tutorial_script_trains_with_the_swapped_model():
     assert losses[2] < 200
 
 
+def test_the_script_of_diffusers_trains_with_either_loss():
+    toy = ("--steps", "30", "--batch-size", "8", "--channels", "8", "--inference-steps", "2")
+    for options in ((), ("--ours",)):
+        printed = _run("diffusers_training_script.py", *toy, *options)
+        first, *_, last = (float(value) for value in re.findall(r"step \d+: ([\d.]+)", printed))
+        assert last < 0.8 * first < 0.9
+        assert "16 samples between" in printed
+
+
 def test_micro_batches_give_the_gradient_of_the_whole_batch():
     printed = _run("own_network.py", "--steps", "60")
     assert float(re.search(r"difference (\S+)", printed)[1]) < 1e-5

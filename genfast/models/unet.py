@@ -62,8 +62,8 @@ class UNet(nn.Module):
     for a CPU, ``small`` for MNIST on one GPU, and ``base`` is the network of Ho et al. for CIFAR-10.
 
     Images of any size pass: each level has half the side of the one before it, rounded up, and the way up resizes to
-    the sizes of the way down. ``net.to(memory_format=torch.channels_last)`` keeps all activations in that layout without
-    a copy, save that torch's GroupNorm for CUDA returns contiguous ones where it is not compiled.
+    the sizes of the way down. ``net.to(memory_format=torch.channels_last)`` keeps all activations in that layout, with
+    no copies, save that torch's GroupNorm for CUDA returns contiguous ones where it is not compiled.
 
     Args:
         image_shape: (C, H, W).

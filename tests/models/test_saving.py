@@ -203,13 +203,13 @@ def test_configs_that_do_not_fit_are_refused(saved):
 
 
 def test_families():
-    assert list(FAMILIES) == ["vae", "ae"]
-    for name in FAMILIES:
+    assert list(FAMILIES) == ["vae", "ae", "ddpm"]
+    for name in ("vae", "ae"):
         family = get_family(name)
         model = family.build([3, 8, 8], latent_dim=2, hidden_dims=(4,), preset="conv", likelihood="gaussian")
         parts = model.loss(torch.rand(2, 3, 8, 8), **dict.fromkeys(family.loss_options, 0.5))
         assert torch.isfinite(parts["loss"])
-    with pytest.raises(ValueError, match="unknown model family 'gann': expected one of vae, ae"):
+    with pytest.raises(ValueError, match="unknown model family 'gann': expected one of vae, ae, ddpm"):
         get_family("gann")
     with pytest.raises(ValueError, match=r"ae: unknown options \['beta'\]; it takes"):
         get_family("ae").build((1, 28, 28), beta=2)
