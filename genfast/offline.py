@@ -132,6 +132,7 @@ def every_launch(dtype: torch.dtype, shape: tuple[int, ...] = (8192, 4096)) -> d
         philox,
         reparameterize_kl,
         reparameterize_kl_packed,
+        reverse_step,
     )  # fmt: skip
 
     x = torch.empty(shape, dtype=dtype, device="meta")
@@ -143,6 +144,13 @@ def every_launch(dtype: torch.dtype, shape: tuple[int, ...] = (8192, 4096)) -> d
     # a and b of a schedule of 1,000 steps, and each row's timestep.
     table = (*torch.empty(2, 1000, device="meta"), torch.empty(shape[0], dtype=torch.int64, device="meta"))
     epsilon, v = (0, "epsilon", "none", 5.0, 1.0), (0, "v", "min_snr", 5.0, 1.0)
+    tables = torch.empty(4, 1000, device="meta")
+    times = (tables, tables, *(table[2],) * 3)
+
+    def step(eta: float = 1.0, clip: float | None = None, variance: str = "fixed_small") -> tuple:
+        return 0, "epsilon", 1.0, eta, clip, variance, True
+
+    learned = step(1.0, 1.0, "learned_range")
     size = dtype.itemsize
     # The call, its scalar accesses, its bytes.
     calls = {
@@ -190,6 +198,25 @@ def every_launch(dtype: torch.dtype, shape: tuple[int, ...] = (8192, 4096)) -> d
         ),
         "denoising_loss with gradient, v and uint8": (
             lambda: denoising_loss.forward_with_grad(x, pixels, *table, seed, None, *v, True), 5, 2 * size + 1,
+        ),
+        "reverse_step": (lambda: reverse_step.forward(x, x, *times, seed, None, None, *step(), False), 12, 3 * size),
+        "reverse_step, deterministic and clipped": (
+            lambda: reverse_step.forward(x, x, *times, None, None, None, *step(0.0, 1.0), False), 10, 3 * size,
+        ),
+        "reverse_step, learned variance and density": (
+            lambda: reverse_step.forward(x, h, *times, seed, None, None, *learned, True), 13, 4 * size,
+        ),
+        "reverse_step, density of a given x_prev": (
+            lambda: reverse_step.forward(x, x, *times, None, None, x, *step(), True), 11, 3 * size,
+        ),
+        "reverse_step backward": (
+            lambda: reverse_step.backward(x, x, *times, seed, None, None, *step(), x, None), 10, 3 * size,
+        ),
+        "reverse_step backward, learned variance": (
+            lambda: reverse_step.backward(x, h, *times, seed, None, None, *learned, x, None), 12, 7 * size,
+        ),
+        "reverse_step backward, density of a given x_prev": (
+            lambda: reverse_step.backward(x, x, *times, None, None, x, *step(), None, rows), 11, 5 * size,
         ),
     }  # fmt: skip
     if dtype == torch.float32:

@@ -111,5 +111,5 @@ def save_paths(frames: Tensor, times: Tensor, path: str | os.PathLike[str]) -> N
     rows = report.thin(frames, _COLUMNS)[:, :_ROWS].transpose(0, 1)
     times = report.thin(times, _COLUMNS).tolist()
     # A discrete schedule's time of the clean image.
-    labels = ["image" if time == -1 else f"t = {time:.3g}" for time in times]
+    labels = ["image" if time == -1 else f"t = {time if isinstance(time, int) else f'{time:.2g}'}" for time in times]
     report.save_grid(rows.flatten(0, 1), path, columns=len(labels), labels=labels)

@@ -242,7 +242,8 @@ class Schedule(nn.Module):
         if t.device.type == "cpu":
             inside = self._inside(t, clean)
             if not is_plain(t):
-                torch._assert_async(inside.all(), f"{name}: expected {self._range(clean)}")
+                # No number in the message: torch 2.11 cannot put a symbolic float into a string.
+                torch._assert_async(inside.all(), f"{name}: expected times of the schedule")
             elif not inside.all():
                 raise ValueError(f"{name}: expected {self._range(clean)}, got {t[~inside].flatten()[0].item():g}")
         return t.reshape(1).expand(batch) if t.numel() == 1 else t
@@ -458,7 +459,7 @@ class ContinuousSchedule(Schedule):
 
     def _range(self, clean: bool) -> str:
         if self.highest < math.inf:
-            return f"values in [0, {self.highest}]"
+            return f"values in [0, {self.highest:g}]"
         return "finite values of at least 0" if clean else "finite values above 0"
 
 

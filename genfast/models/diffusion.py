@@ -330,7 +330,7 @@ class DDPM(Model):
 
     def _net_dtype(self, device: torch.device) -> torch.dtype:
         """What x_t is made in: autocast would cast it anyway."""
-        if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        if device.type != "meta" and torch.is_autocast_enabled(device.type):
             return torch.get_autocast_dtype(device.type)
         return self.dtype
 
@@ -435,13 +435,14 @@ class DDPM(Model):
             return sampling, sampling
         # A graph reads the memory that was there when it was captured, and holds every option fixed.
         memory = tuple(tensor.data_ptr() for tensor in (*self.parameters(), *self.buffers()))
-        options = (eta, self.objective, self.variance, self.clip_x0, self.fused, self._net_dtype(times.device))
-        key = (n, len(times), row_offset, options, id(self.schedule), id(getattr(self, "loss", None)), memory)
+        options = (eta, self.objective, self.variance, self.clip_x0, self.fused)
+        autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+        key = (n, len(times), row_offset, options, autocast, id(self.schedule), id(getattr(self, "loss", None)), memory)
         if self._kept is None or self._kept[0] != key:
             # The memory of the old one first.
             self._kept = None
             sampling = _Sampling(self, n, times, eta, row_offset)
-            self._kept = key, sampling, Captured(sampling, times.device, "sample: a step")
+            self._kept = key, sampling, Captured(_without_cache(sampling), times.device, "sample: a step")
         return self._kept[1:]
 
     def _ordinary_step(
@@ -554,6 +555,16 @@ class _Sampling:
         self.x.copy_(x)
         self.at += 1
         return self.x
+
+
+def _without_cache(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Autocast keeps the weights that it has cast until its block ends: a graph that reads those would outlive them."""
+
+    def without() -> Tensor:
+        with torch.autocast("cuda", enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False):
+            return step()
+
+    return without
 
 
 def _make_schedule(schedule: str | Mapping[str, Any] | Schedule, num_steps: int | None) -> Schedule:

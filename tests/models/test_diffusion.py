@@ -477,6 +477,10 @@ def test_clipping_bounds_what_the_network_says(x):
     torch.testing.assert_close(bounded, torch.ones_like(bounded))
     path = small("linear", "x0", net=wild, clip_x0=0.5).sample(4, steps=10, seed=0)
     torch.testing.assert_close(path, torch.full_like(path, 0.75))
+    # The bound is that of what is sampled.
+    white = small("linear", "x0", net=Known(torch.full_like(x, 255)))
+    bits = small("linear", "x0", net=wild).bits_per_dim(x, steps=10, seed=0)
+    torch.testing.assert_close(bits, white.bits_per_dim(x, steps=10, seed=0))
     assert small("edm").clip_x0 is small("linear", clip_x0=False).clip_x0 is None
     assert small("edm", clip_x0=True).clip_x0 == small("linear").clip_x0 == 1.0
 

@@ -246,7 +246,7 @@ def test_channels_last_stays_and_nothing_is_copied(scale_shift):
     assert recorder.counts["_scaled_dot_product_flash_attention_for_cpu"] == len(attentions(net)) == 4
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
     for parameter, gradient in zip(net.parameters(), gradients, strict=True):
-        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-4 * gradient.abs().max().item())
 
 
 def test_autocast_and_other_precisions():
@@ -327,8 +327,9 @@ def test_the_arguments_survive_json():
         "heads": 3,
         "scale_shift": True,
     }
-    net = UNet(**options)
-    assert str(UNet(**json.loads(json.dumps(options)))) == str(net)
+    net, again = UNet(**options), UNet(**json.loads(json.dumps(options)))
+    assert str(again) == str(net)
+    assert again(images(3, 12, 12), T).shape == (len(T), 6, 12, 12)
     assert {module.num_groups for module in net.modules() if isinstance(module, nn.GroupNorm)} == {4}
     assert {module.heads for module in net.modules() if hasattr(module, "heads")} == {3}
     assert [len(level) for level in (net.down, net.down[0], net.up[0])] == [2, 2, 3]
