@@ -242,8 +242,9 @@ class Schedule(nn.Module):
         if t.device.type == "cpu":
             inside = self._inside(t, clean)
             if not is_plain(t):
-                # No number in the message: torch 2.11 cannot put a symbolic float into a string.
-                torch._assert_async(inside.all(), f"{name}: expected times of the schedule")
+                # torch 2.11 cannot put a symbolic float into a string.
+                wanted = "times of the schedule" if self.continuous else self._range(clean)
+                torch._assert_async(inside.all(), f"{name}: expected {wanted}")
             elif not inside.all():
                 raise ValueError(f"{name}: expected {self._range(clean)}, got {t[~inside].flatten()[0].item():g}")
         return t.reshape(1).expand(batch) if t.numel() == 1 else t

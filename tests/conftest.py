@@ -9,6 +9,8 @@ import torch
 
 pytest.register_assert_rewrite("tests.matrix")
 
+from tests import matrix  # noqa: E402
+
 # GENFAST_TEST_DEVICES=cuda leaves out what needs no GPU: its time is short.
 DEVICES = os.environ.get("GENFAST_TEST_DEVICES", "cpu,cuda" if torch.cuda.is_available() else "cpu").split(",")
 
@@ -40,5 +42,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "graded" in metafunc.fixturenames and metafunc.cls is not None:
         graded = [case for case in metafunc.cls.cases if case.differentiable]
         metafunc.parametrize("graded", graded, ids=lambda case: case.name)
+    for name, every in (("sized", 3), ("planar", 2)):
+        if name in metafunc.fixturenames and metafunc.cls is not None:
+            # The settings of an op share its tiles: the first of them meets all shapes.
+            shapes = {"sized": matrix.SHAPES, "planar": matrix.PLANAR}[name]
+            pairs = [(case, shape) for case in metafunc.cls.cases[:1] for shape in shapes]
+            pairs += [(case, shape) for case in metafunc.cls.cases[1:] for shape in shapes[::every]]
+            metafunc.parametrize(name, pairs, ids=lambda pair: f"{pair[0].name}-{pair[1]}")
     if "base" in metafunc.fixturenames and metafunc.cls is not None:
         metafunc.parametrize("base", metafunc.cls.cases[:1], ids=lambda case: case.name)

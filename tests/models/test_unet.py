@@ -126,6 +126,7 @@ def test_base_is_the_published_cifar10_network():
             layers_per_block=2,
         )
     assert str(net) == str(explicit)
+    assert {module.heads for module in net.modules() if hasattr(module, "heads")} == {1}
     assert parameters(net) == parameters(theirs)
     assert round(parameters(net) / 1e6, 1) == 35.7
 
