@@ -302,7 +302,8 @@ def _forward_noising(setting: str) -> Case:
     def exact(inputs: Inputs) -> Outputs:
         x0 = inputs.get("x0", inputs.get("x"))
         eps = inputs["eps"] if given else _noise(x0, Stream.FORWARD_NOISE).double()
-        return (reference.forward_noising.forward(x0, inputs["a"], inputs["b"], None, None, eps, 0, torch.float64),)
+        dtype = torch.float64 if x0.dtype == torch.uint8 else x0.dtype
+        return (reference.forward_noising.forward(x0, inputs["a"], inputs["b"], None, None, eps, 0, dtype),)
 
     # The gradient of x0 is a times what comes in.
     return Case(
@@ -435,7 +436,7 @@ def _reverse_step(
         mean = a_s * x0 + b_s * (1 - eta**2 * kappa) ** 0.5 * eps
         if eta == 0:
             return (mean,)
-        sigma = eta * kappa**0.5 * b_s
+        sigma = eta * kappa**0.5 * (b if variance == "fixed_large" else b_s)
         if learned:
             fraction = (v + 1) / 2
             sigma = eta * kappa**0.5 * torch.exp(fraction * b.log() + (1 - fraction) * b_s.log())

@@ -347,7 +347,7 @@ class DiscreteSchedule(Schedule):
         self._half_log_snr_fp64 = (log_alpha_bar - self._rest_fp64.log()) / 2
         self.num_steps = len(self.alpha_bar_fp64)
         self.config = config
-        if self.alpha_bar_fp64[-1] == 0:
+        if log_alpha_bar[-1] == -math.inf:
             # Where no signal is left x_t is eps, and predicting it teaches nothing.
             self.default_objective = "v"
         device = torch.get_default_device()
@@ -633,7 +633,7 @@ def cosine(num_steps: int = 1000, offset: float = 0.008, max_beta: float = 0.999
         >>> cosine(1000).alpha_bar[499]
         tensor(0.4938)
     """
-    _check_int("num_steps", num_steps, 1, _MOST_STEPS)
+    num_steps = _check_int("num_steps", num_steps, 1, _MOST_STEPS)
     _check_fraction("max_beta", max_beta)
     _check_finite("offset", offset)
     if offset < 0:
@@ -664,7 +664,7 @@ def sigmoid(num_steps: int = 1000, start: float = -3.0, end: float = 3.0, tau: f
         >>> sigmoid(1000).alpha_bar[499]
         tensor(0.5000)
     """
-    _check_int("num_steps", num_steps, 1, _MOST_STEPS)
+    num_steps = _check_int("num_steps", num_steps, 1, _MOST_STEPS)
     _check_finite("start", start)
     _check_finite("end", end)
     if end <= start:
@@ -672,9 +672,13 @@ def sigmoid(num_steps: int = 1000, start: float = -3.0, end: float = 3.0, tau: f
     _check_positive("tau", tau)
     u = torch.arange(1, num_steps + 1, dtype=torch.float64, device="cpu") / num_steps
     low, high = torch.sigmoid(torch.tensor([start / tau, end / tau], dtype=torch.float64, device="cpu"))
-    alpha_bar = (high - torch.sigmoid((start + u * (end - start)) / tau)) / (high - low)
+    alpha_bar = ((high - torch.sigmoid((start + u * (end - start)) / tau)) / (high - low)).clamp(min=1e-9)
+    flat = (alpha_bar.diff(prepend=alpha_bar.new_ones(1)) >= 0).nonzero()
+    if len(flat):
+        reason = f"between start = {start} and end = {end} the step to t = {int(flat[0])} would add no noise"
+        raise ValueError(f"tau: expected another one than {tau}, since {reason}")
     config = {"name": "sigmoid", "num_steps": num_steps, "start": start, "end": end, "tau": tau}
-    return DiscreteSchedule(alpha_bar.clamp(min=1e-9), config=config)
+    return DiscreteSchedule(alpha_bar, config=config)
 
 
 def zero_terminal_snr(schedule: DiscreteSchedule) -> DiscreteSchedule:
@@ -878,11 +882,13 @@ def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def _check_int(name: str, value: Any, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+def _check_int(name: str, value: Any, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     if not low <= value <= high:
         raise ValueError(f"{name}: expected an int from {low} to {high}, got {value}")
+    # JSON, which configs are saved in, has no numbers of numpy's.
+    return int(value)
 
 
 def _check_finite(name: str, value: float) -> None:
@@ -901,7 +907,7 @@ def _check_fraction(name: str, value: float) -> None:
 
 
 def _check_beta_range(num_steps: int, beta_start: float, beta_end: float) -> None:
-    _check_int("num_steps", num_steps, 1, _MOST_STEPS)
+    num_steps = _check_int("num_steps", num_steps, 1, _MOST_STEPS)
     _check_fraction("beta_start", beta_start)
     _check_fraction("beta_end", beta_end)
 

@@ -68,7 +68,8 @@ def denoising_loss(
     Every weighting is a weight of the squared error of x0, translated to the objective by (b / det)^2, where det =
     a q - b p: ``"min_snr"`` is min(SNR, gamma) (Hang et al., "Efficient diffusion training via min-SNR weighting",
     2023; defined at SNR 0, where it gives 1 for epsilon and 0 for v), ``"sigma"`` is Karras et al.'s
-    (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 with sigma = b / a.
+    (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 with sigma = b / a (infinite for epsilon at SNR 0, and for x0 where
+    there is no noise).
 
     Args:
         pred: the network's output, of the shape of noised.x0, fp32, bf16 or fp16 (fp64 runs the reference).
@@ -76,7 +77,7 @@ def denoising_loss(
         schedule: the one that `q_sample` had.
         objective: what pred is; None: the schedule's `default_objective`.
         weighting: ``"none"``, ``"min_snr"`` or ``"sigma"``.
-        gamma: of min-SNR, positive.
+        gamma: of min-SNR, at least 0.
         reduction: ``"none"`` gives [B]; ``"mean"`` and ``"sum"``, over the batch, give a scalar and, where pred needs a
             gradient, write it in the same pass (backward then moves nothing when the incoming gradient is 1).
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from genfast import random
 from genfast.functional.forward_noising import check_images, noised, resolve_noise
 from genfast.schedules import Schedule
 
@@ -75,7 +76,7 @@ def q_sample(
     seed, noise = resolve_noise("x0", x0, seed, noise, row_offset)
     batch = x0.shape[0]
     if t is None:
-        drawn_from = seed if noise is None else torch.randint(2**62, (1,), device=x0.device)
+        drawn_from = random.as_seed(None, x0.device) if seed is None else seed
         t = schedule.draw_t(batch, seed=drawn_from, row_offset=row_offset)
     else:
         t = schedule.check_t(t, batch, x0.device)
@@ -86,5 +87,17 @@ def q_sample(
 def entries(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """(a, b, index): tables and what points into them, or, for a continuous schedule, each sample's own."""
     if schedule.continuous:
-        return *schedule.coefficients(t), None
+        a, b = schedule.coefficients(t)
+        check_constant(schedule, t, a)
+        return a, b, None
+    check_constant(schedule, t, schedule.tables)
     return schedule.tables[0], schedule.tables[1], t
+
+
+def check_constant(schedule: Schedule, t: Tensor, coefficients: Tensor) -> None:
+    """The schedule is where t is, and neither waits for a gradient, which no op here gives to it."""
+    if coefficients.device != t.device:
+        raise ValueError(f"schedule: expected one on the device of the images, {t.device}, got {coefficients.device}")
+    for name, value in (("t", t), ("schedule", coefficients)):
+        if value.requires_grad:
+            raise ValueError(f"{name}: expected no need of a gradient, as learned schedules are not supported")

@@ -10,6 +10,7 @@ from torch import Tensor
 from genfast.functional import _checks
 from genfast.functional._register import register
 from genfast.functional.forward_noising import resolve_noise
+from genfast.functional.q_sample import check_constant
 from genfast.random import is_plain
 from genfast.reference._linear_gaussian import OBJECTIVES
 from genfast.reference.reverse_step import VARIANCES, standard_deviation
@@ -179,10 +180,12 @@ def _times(
         at = int(late.nonzero()[0])
         raise ValueError(f"t_prev: expected at most t = {t[at].item():g} unless eta = 0, got {t_prev[at].item():g}")
     if schedule.continuous:
-        return t, t_prev, schedule.table(t), schedule.table(t_prev), None, None
-    if schedule.tables.device != device:
-        raise ValueError(f"schedule: expected the device of x_t, {device}, got {schedule.tables.device}")
-    return t, t_prev, schedule.tables, schedule.tables, t, t_prev
+        tables, index = (schedule.table(t), schedule.table(t_prev)), (None, None)
+    else:
+        tables, index = (schedule.tables, schedule.tables), (t, t_prev)
+    for time, table in zip((t, t_prev), tables, strict=True):
+        check_constant(schedule, time, table)
+    return t, t_prev, *tables, *index
 
 
 def _check_given(x_prev: Tensor, x_t: Tensor, log_prob: bool, seed: Any, noise: Any) -> None:
@@ -196,10 +199,12 @@ def _check_given(x_prev: Tensor, x_t: Tensor, log_prob: bool, seed: Any, noise: 
 
 
 def step_between(
-    x_t: Tensor, pred: Tensor, now: Tensor, prev: Tensor, salt: Tensor, seed: Tensor | None, noise: Tensor | None,
-    objective: str, eta: float, clip: float | None, variance: str,
+    x_t: Tensor, pred: Tensor, now: Tensor, prev: Tensor, t: Tensor | None, t_prev: Tensor | None, salt: Tensor,
+    seed: Tensor | None, noise: Tensor | None, row_offset: int, objective: str, sigma_data: float, eta: float,
+    clip: float | None, variance: str,
 ) -> Tensor:
-    """x_prev by tables [4, B] of one's own, such as coefficients rounded as other code rounds them; nothing checked."""
+    """x_prev by tables of one's own: [4, B], or [4, T] and where t and t_prev are in them. Nothing is checked."""
     return _op(
-        x_t, pred, now, prev, None, None, salt, seed, noise, None, 0, objective, 1.0, eta, clip, variance, True, False
+        x_t, pred, now, prev, t, t_prev, salt, seed, noise, None, row_offset, objective, sigma_data, eta, clip,
+        variance, True, False,
     )[0]

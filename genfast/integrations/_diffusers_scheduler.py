@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import diffusers
 import numpy as np
 import torch
+
+# A pipeline that is loaded looks for this name in the module of its scheduler's class.
+from diffusers import SchedulerMixin  # noqa: F401
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
@@ -36,7 +38,9 @@ class DDPMScheduler(diffusers.DDPMScheduler):
     from a genfast seed, itself drawn from torch's generator.
 
     ``thresholding``, the variance types "learned" and "fixed_large_log", noise added on the way to the clean image
-    (trailing time steps with a variance that is not "fixed_small"), and betas outside (0, 1) run their own code.
+    (trailing time steps with a variance that is not "fixed_small"), shapes that broadcast, and betas outside (0, 1) run
+    their own code. A saved pipeline names this class, so loading it needs genfast. `step` runs the kernel twice, since
+    it also returns the predicted x0.
 
     Example:
         >>> scheduler = DDPMScheduler(num_train_timesteps=1000)
@@ -47,17 +51,16 @@ class DDPMScheduler(diffusers.DDPMScheduler):
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) noise; arguments as theirs."""
-        noise, dtype = noise.expand(original_samples.shape), torch.promote_types(original_samples.dtype, noise.dtype)
-        t, schedule = timesteps.to(original_samples.device), self._schedule_on(original_samples.device)
-        if schedule is None:
+        schedule = self._schedule_on(original_samples.device)
+        if schedule is None or noise.shape != original_samples.shape:
             return super().add_noise(original_samples, noise, timesteps)
+        dtype, t = torch.promote_types(original_samples.dtype, noise.dtype), timesteps.to(original_samples.device)
         return q_sample(original_samples, t, schedule, noise=noise, dtype=dtype).x_t
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """sqrt(alpha_bar_t) noise - sqrt(1 - alpha_bar_t) x0; arguments as theirs."""
-        noise, dtype = noise.expand(sample.shape), torch.promote_types(sample.dtype, noise.dtype)
-        schedule = self._schedule_on(sample.device)
-        if schedule is None:
+        schedule, dtype = self._schedule_on(sample.device), torch.promote_types(sample.dtype, noise.dtype)
+        if schedule is None or noise.shape != sample.shape:
             return super().get_velocity(sample, noise, timesteps)
         t = schedule.check_t(timesteps.to(sample.device), sample.shape[0], sample.device, name="timesteps")
         a, b = schedule.coefficients(t)
@@ -86,14 +89,15 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         clip = float(self.config.clip_sample_range) if self.config.clip_sample else None
         now, prev, clean = (table.expand(4, len(sample)) for table in self._tables(t, t_prev, sample.device))
         salt = torch.full((1,), t, dtype=torch.int64, device=sample.device).expand(len(sample))
-        x0 = step_between(sample, said, now, clean, salt, None, None, objective, 0.0, clip, "fixed_small")
+        fixed = (None, None, salt)
+        x0 = step_between(sample, said, now, clean, *fixed, None, None, 0, objective, 1.0, 0.0, clip, "fixed_small")
         prev_sample = x0
         # Theirs draws for the last of few steps too, to add 1e-10 of it: the generator goes on from there.
         noise = self._noise(said, generator) if t > 0 else None
         if t_prev >= 0:
             seed = as_seed(None, sample.device) if noise is None else None
-            options = (objective, 1.0, clip, variance)
-            prev_sample = step_between(sample, model_output, now, prev, salt, seed, noise, *options)
+            options = (0, objective, 1.0, 1.0, clip, variance)
+            prev_sample = step_between(sample, model_output, now, prev, *fixed, seed, noise, *options)
         if not return_dict:
             return prev_sample, x0
         return DDPMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=x0)
@@ -113,25 +117,28 @@ class DDPMScheduler(diffusers.DDPMScheduler):
 
     def _tables(self, t: int, t_prev: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """The entries at t, at t_prev and of the clean image, as the op takes them: [4, 1] each."""
-        return _columns(*(float(self._made[2][i]) if i >= 0 else 1.0 for i in (t, t_prev)), device)
+        *_, values, columns = self._made
+        key = t, t_prev, device
+        if key not in columns:
+            columns[key] = _columns(*(values[i] if i >= 0 else 1.0 for i in (t, t_prev)), device)
+        return columns[key]
 
     def _schedule_on(self, device: torch.device) -> schedules.DiscreteSchedule | None:
         """The schedule of their table, made anew if somebody changes the table; None where it is none."""
-        table, schedule, values = getattr(self, "_made", (None, None, None))
+        table, schedule, values, columns = getattr(self, "_made", (None, None, None, None))
         if table is not self.alphas_cumprod:
             on_cpu = self.alphas_cumprod.detach().cpu()
-            values = on_cpu.tolist()
+            values, columns = on_cpu.tolist(), {}
             try:
                 schedule = schedules.from_alpha_bar(on_cpu.double())
             except ValueError:
                 schedule = None
         if schedule is not None and schedule.tables.device != device:
             schedule = schedule.to(device)
-        self._made = self.alphas_cumprod, schedule, values
+        self._made = self.alphas_cumprod, schedule, values, columns
         return schedule
 
 
-@lru_cache(maxsize=4096)
 def _columns(bar: float, bar_prev: float, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Columns (a, b, log(a / b), 0) whose step has the coefficients of x0 and x_t that diffusers computes in fp32.
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 from genfast import profiling, schedules
 from genfast.capture import Captured
-from genfast.functional import _checks, denoising_loss, forward_noising, q_sample, reverse_step
+from genfast.functional import _checks, denoising_loss, forward_noising, q_sample
+from genfast.functional.reverse_step import step_between
 from genfast.models.base import Model, _check_sizes, check_choice, check_images, evaluating
 from genfast.models.unet import UNet
 from genfast.random import Stream, as_seed, normal
@@ -165,7 +167,9 @@ class DDPM(Model):
             return self._ordinary_loss(x, t, seed, row_offset)
         with profiling.range("forward"):
             x0 = x if x.dtype == torch.uint8 else 2 * x - 1
-            dtype = self._net_dtype(x.device) if x.dtype == torch.uint8 else None
+            # The bound of a learned variance is that of x_t as it is, so x_t must be exact.
+            narrow = x.dtype == torch.uint8 and self.variance != "learned_range"
+            dtype = self._net_dtype(x.device) if narrow else None
             noised = q_sample(x0, t, self.schedule, seed=seed, row_offset=row_offset, dtype=dtype)
             out = self._predict(noised.x_t, noised.t)
         with profiling.range("loss"):
@@ -193,14 +197,15 @@ class DDPM(Model):
         """Draw images, from noise back in steps. One seed gives the same images in one call or in many.
 
         On a CUDA device a step (network, step back, next timestep) is captured into a CUDA graph at the fourth step and
-        replayed. The graph and its memory are kept for the next call with the same sizes, options and row_offset.
+        replayed. The graph and its memory are kept for the next call with the same sizes and options (with eta > 0 also
+        the same row_offset), until the model is put into training mode.
 
         Args:
             n: how many.
             steps: of the schedule's `timesteps`. None: all T of a discrete schedule, a continuous one's default.
-            sampler: ``"ddpm"`` (ancestral: noise in every step) or ``"ddim"`` (Song, Meng and Ermon, "Denoising
-                diffusion implicit models", ICLR 2021) for discrete schedules, ``"euler"`` for continuous ones, where
-                DDIM is Euler's method. None: ``"ddpm"`` or ``"euler"``.
+            sampler: ``"ddpm"`` (ancestral: noise in every step), ``"ddim"`` (Song, Meng and Ermon, "Denoising diffusion
+                implicit models", ICLR 2021), or ``"euler"``, which is what DDIM is called for continuous schedules,
+                and for them alone. None: ``"ddpm"`` for discrete schedules, ``"euler"`` for continuous ones.
             eta: in [0, 1], how much noise ``"ddim"`` and ``"euler"`` add: 0 none (None), 1 as much as ``"ddpm"``.
             seed: None (drawn from torch's generator), an int, or an int64 tensor [1] on the model's device.
             row_offset: global index of the first image, so that pieces continue one another.
@@ -222,8 +227,8 @@ class DDPM(Model):
             (torch.Size([8, 1, 8, 8]), True)
         """
         for name, value in (("n", n), ("batch_size", n if batch_size is None else batch_size)):
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected an int of at least 1, got {value!r}")
         eta = self._eta(sampler, eta)
         times = self.schedule.timesteps(steps).to(self.device)
         seed = as_seed(seed, self.device)
@@ -397,7 +402,8 @@ class DDPM(Model):
 
     def _eta(self, sampler: str | None, eta: float | None) -> float:
         """The eta of a sampler, which must fit the schedule."""
-        fits, kind = (("euler",), "continuous") if self.schedule.continuous else (("ddpm", "ddim"), "discrete")
+        continuous = self.schedule.continuous
+        fits, kind = (("euler", "ddim", "ddpm"), "continuous") if continuous else (("ddpm", "ddim"), "discrete")
         sampler = fits[0] if sampler is None else sampler
         if sampler not in fits:
             raise ValueError(f"sampler: expected {' or '.join(map(repr, fits))} for a {kind} schedule, got {sampler!r}")
@@ -433,17 +439,30 @@ class DDPM(Model):
         if times.device.type != "cuda" or not capture or compiled.get("mode") in _OWN_GRAPHS:
             sampling = _Sampling(self, n, times, eta, row_offset)
             return sampling, sampling
-        # A graph reads the memory that was there when it was captured, and holds every option fixed.
-        memory = tuple(tensor.data_ptr() for tensor in (*self.parameters(), *self.buffers()))
-        options = (eta, self.objective, self.variance, self.clip_x0, self.fused)
-        autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-        key = (n, len(times), row_offset, options, autocast, id(self.schedule), id(getattr(self, "loss", None)), memory)
+        # Without noise in the steps a graph does not know which rows it samples.
+        key = self._graph_key(n, len(times), eta, row_offset if eta > 0 else 0)
         if self._kept is None or self._kept[0] != key:
             # The memory of the old one first.
             self._kept = None
             sampling = _Sampling(self, n, times, eta, row_offset)
             self._kept = key, sampling, Captured(_without_cache(sampling), times.device, "sample: a step")
-        return self._kept[1:]
+        _, sampling, step = self._kept
+        sampling.move_to(times, row_offset)
+        return sampling, step
+
+    def _graph_key(self, n: int, times: int, eta: float, row_offset: int) -> tuple:
+        """What a graph of a step holds fixed: the memory that it reads, every option, and what is called."""
+        memory = tuple(tensor.data_ptr() for tensor in (*self.parameters(), *self.buffers()))
+        options = (eta, self.objective, self.variance, self.clip_x0, self.fused, self.schedule.sigma_data)
+        autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+        # The schedule and the compiled call are compared as objects.
+        return n, times, row_offset, options, autocast, self.schedule, self._compiled_call_impl, memory
+
+    def train(self, mode: bool = True) -> Self:
+        """As for any module; training lets go of the graph that sampling keeps, and of its memory."""
+        if mode:
+            self._kept = None
+        return super().train(mode)
 
     def _ordinary_step(
         self, x_t: Tensor, out: Tensor, t: Tensor, s: Tensor, eta: float, seed: Tensor, row_offset: int
@@ -527,10 +546,20 @@ class _Sampling:
     """A batch on its way from noise to images: each call takes a step, in the same memory, and waits for nothing."""
 
     def __init__(self, model: DDPM, n: int, times: Tensor, eta: float, row_offset: int) -> None:
-        self.model, self.times, self.eta, self.row_offset = model, times, eta, row_offset
+        # The model keeps this, and would keep itself alive.
+        self.model = weakref.proxy(model)
+        self.eta, self.row_offset = eta, row_offset
+        self.times, self.tables, self.salts = times.clone(), model.schedule.table(times), model.schedule.salt(times)
         self.x = torch.empty(n, *model.image_shape, device=times.device)
         self.at = torch.zeros(1, dtype=torch.int64, device=times.device)
         self.seed = torch.zeros(1, dtype=torch.int64, device=times.device)
+
+    def move_to(self, times: Tensor, row_offset: int) -> None:
+        """Other times, as many, and other rows, in the same memory."""
+        self.times.copy_(times)
+        self.tables.copy_(self.model.schedule.table(times))
+        self.salts.copy_(self.model.schedule.salt(times))
+        self.row_offset = row_offset
 
     def start(self, seed: Tensor) -> Tensor:
         """Noise, from which the next call takes the first step."""
@@ -542,16 +571,18 @@ class _Sampling:
         return self.x
 
     def __call__(self) -> Tensor:
-        model = self.model
-        t, s = self.times[self.at], self.times[self.at + 1]
-        out = model(self.x, t.expand(len(self.x)))
+        model, rows, after = self.model, len(self.x), self.at + 1
+        t = self.times[self.at]
+        out = model(self.x, t.expand(rows))
         if model.fused:
-            x = reverse_step(
-                self.x, out, t, s, model.schedule, objective=model.objective, eta=self.eta, clip=model.clip_x0,
-                variance=model.variance, seed=self.seed, row_offset=self.row_offset,
+            # The times of this way are a table of their own, and where it is on the way its index.
+            x = step_between(
+                self.x, out, self.tables, self.tables, self.at.expand(rows), after.expand(rows),
+                self.salts[self.at].expand(rows), self.seed if self.eta > 0 else None, None, self.row_offset,
+                model.objective, float(model.schedule.sigma_data), self.eta, model.clip_x0, model.variance,
             )  # fmt: skip
         else:
-            x = model._ordinary_step(self.x, out, t, s, self.eta, self.seed, self.row_offset)
+            x = model._ordinary_step(self.x, out, t, self.times[after], self.eta, self.seed, self.row_offset)
         self.x.copy_(x)
         self.at += 1
         return self.x

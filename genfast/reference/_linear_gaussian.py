@@ -57,7 +57,7 @@ def gathered(table: Tensor, t: Tensor | None) -> Tensor:
 
 def clean(x0: Tensor, dtype: torch.dtype) -> Tensor:
     """x0 in the dtype of the computation; uint8 images become [-1, 1]."""
-    return x0.to(dtype) * (2 / 255) - 1 if x0.dtype == torch.uint8 else x0.to(dtype)
+    return (x0.to(dtype) - 127.5) * (2 / 255) if x0.dtype == torch.uint8 else x0.to(dtype)
 
 
 def wide_rows(values: Tensor, x: Tensor) -> Tensor:

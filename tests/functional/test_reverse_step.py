@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
+import mpmath
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
@@ -378,6 +379,22 @@ def test_a_step_of_no_length_stays(device):
             torch.testing.assert_close(got, x_t, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_the_shortest_step_keeps_its_digits(eta, device):
+    """2^-20 down from 0.5: what pred and the noise add is as accurate as they are, though next to nothing."""
+    schedule, t = schedules.rectified_flow().to(device), 0.5
+    pred, zero = torch.ones(1, 4, device=device), torch.zeros(1, 4, device=device)
+    options = {"eta": eta, "objective": "epsilon"}
+    added = reverse_step(zero, pred, t, t - 2**-20, schedule, noise=zero, **options)
+    drawn = reverse_step(zero, zero, t, t - 2**-20, schedule, noise=pred, **options)
+    a, b, a_s, b_s = (mpmath.mpf(value) for value in (0.5, 0.5, 0.5 + 2**-20, 0.5 - 2**-20))
+    with mpmath.workdps(40):
+        sigma = eta * b_s * mpmath.sqrt(1 - (a * b_s / (a_s * b)) ** 2)
+        mean = mpmath.sqrt(b_s**2 - sigma**2) - a_s * b / a
+    torch.testing.assert_close(added, torch.full_like(added, float(mean)), rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(drawn, torch.full_like(drawn, float(sigma)), rtol=1e-6, atol=0.0)
+
+
 def test_the_flow_runs_both_ways_from_the_clean_image(device):
     """eta = 0 integrates the ODE upwards too, from t = 0 on, where log(a / b) is inf."""
     x_t, velocity = _pair((4, 6), device)
@@ -396,7 +413,7 @@ def test_a_time_outside_makes_its_sample_nan(where, outside, device):
         from genfast.kernels import reverse_step as module
     tables = schedules.linear(1000).tables.to(device)
     x_t, pred = _pair((4, 6), device)
-    times = {"t": torch.full((4,), 500, device=device), "t_prev": torch.tensor([480, 480, -1, 480], device=device)}
+    times = {"t": torch.full((4,), 500, device=device), "t_prev": torch.tensor([480, -1, -1, 480], device=device)}
     times[where][1] = outside
     salt, seed = times["t"], torch.tensor([1], device=device)
     for variance in VARIANCES:
@@ -621,7 +638,7 @@ def test_bad_input(change, error, message):
 
 
 def test_a_schedule_elsewhere_is_named():
-    with pytest.raises(ValueError, match="schedule: expected the device of x_t, cpu, got meta"):
+    with pytest.raises(ValueError, match="schedule: expected one on the device of the images, cpu, got meta"):
         reverse_step(torch.zeros(2, 3), torch.zeros(2, 3), 500, 480, schedules.linear().to("meta"))
 
 

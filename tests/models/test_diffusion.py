@@ -1,9 +1,11 @@
 """DDPM: its loss, its samples and its likelihood against formulas written down anew, and against diffusers."""
 
 import copy
+import gc
 import json
 import math
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -365,15 +367,16 @@ def test_zero_terminal_snr_goes_with_every_other_objective(objective):
     ("schedule", "options", "message"),
     [
         ("linear", {"sampler": "euler"}, "sampler: expected 'ddpm' or 'ddim' for a discrete schedule, got 'euler'"),
-        ("edm", {"sampler": "ddpm"}, "sampler: expected 'euler' for a continuous schedule, got 'ddpm'"),
-        ("rectified-flow", {"sampler": "ddim"}, "sampler: expected 'euler' for a continuous schedule, got 'ddim'"),
+        ("edm", {"sampler": "heun"}, "sampler: expected 'euler' or 'ddim' or 'ddpm' for a continuous schedule"),
         ("linear", {"sampler": "heun"}, "sampler: expected 'ddpm' or 'ddim'"),
         ("linear", {"eta": 0.5}, "eta: expected None for the sampler 'ddpm'"),
         ("linear", {"sampler": "ddim", "eta": 1.5}, r"eta: expected a number in \[0, 1\], got 1.5"),
         ("linear", {"steps": 51}, "steps: expected an int from 1 to 50, got 51"),
         ("edm", {"steps": 0}, "steps: expected an int from 1"),
-        ("linear", {"n": 0}, "n: expected at least 1, got 0"),
-        ("linear", {"batch_size": 0}, "batch_size: expected at least 1, got 0"),
+        ("linear", {"n": 0}, "n: expected an int of at least 1, got 0"),
+        ("linear", {"n": 2.5}, "n: expected an int of at least 1, got 2.5"),
+        ("linear", {"n": True}, "n: expected an int of at least 1, got True"),
+        ("linear", {"batch_size": 0}, "batch_size: expected an int of at least 1, got 0"),
     ],
 )
 def test_samplers_that_do_not_fit_are_refused(schedule, options, message):
@@ -832,3 +835,75 @@ def test_the_family_on_the_command_line():
     assert {"batch_size", "lr", "ema_decay"} <= family.defaults.keys()
     with pytest.raises(ValueError, match=r"ddpm: unknown options \['latent_dim'\]"):
         family.build(SHAPE, latent_dim=2)
+
+
+def test_every_sampler_of_a_continuous_schedule():
+    """DDIM is Euler's method there, and ancestral steps (eta = 1) are those of the bound."""
+    model = small("rectified-flow")
+    euler, ddim, ddpm, noisy = (
+        model.sample(3, steps=4, seed=0, **options)
+        for options in ({}, {"sampler": "ddim"}, {"sampler": "ddpm"}, {"sampler": "euler", "eta": 1.0})
+    )
+    assert torch.equal(euler, ddim)
+    assert torch.equal(ddpm, noisy)
+    assert not torch.equal(euler, ddpm)
+
+
+def test_the_key_of_a_kept_graph():
+    """It stays over calls and optimizer steps, and changes with what a graph would not notice."""
+    model = small("edm")
+    key = model._graph_key(4, 11, 0.0, 0)
+    model.sample(2, steps=2)
+    _ = [object() for _ in range(100)]
+    torch.optim.SGD(model.parameters(), lr=0.1).zero_grad()
+    model.loss(torch.rand(2, 1, 8, 8))["loss"].backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert model._graph_key(4, 11, 0.0, 0) == key
+    model.schedule.sigma_data = 0.25
+    assert model._graph_key(4, 11, 0.0, 0) != key
+    model.schedule.sigma_data = 0.5
+    assert model._graph_key(4, 11, 0.0, 0) == key
+    next(model.parameters()).data = next(model.parameters()).data.clone()
+    assert model._graph_key(4, 11, 0.0, 0) != key
+
+
+def test_kept_memory_moves_to_other_times_and_rows():
+    """What a graph reads is overwritten: another spacing of as many times, another piece of the rows."""
+    model = small("rectified-flow")
+    times = model.schedule.timesteps(5)
+    sampling = _Sampling(model, 2, times, 0.0, 0)
+    kept = [tensor.data_ptr() for tensor in (sampling.times, sampling.tables, sampling.salts)]
+    other = times**2
+    sampling.move_to(other, 7)
+    assert [tensor.data_ptr() for tensor in (sampling.times, sampling.tables, sampling.salts)] == kept
+    with torch.no_grad():
+        sampling.start(torch.tensor([3]))
+        for _ in range(5):
+            moved = sampling().clone()
+        fresh = _Sampling(model, 2, other, 0.0, 7)
+        fresh.start(torch.tensor([3]))
+        for _ in range(5):
+            wanted = fresh()
+    assert torch.equal(moved, wanted)
+
+
+def test_a_model_that_was_sampled_from_is_freed_at_once():
+    model = small("linear")
+    model.sample(1, steps=2)
+    gone = weakref.ref(model)
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_uint8_and_floats_train_a_learned_variance_alike_under_autocast():
+    model = small("linear", variance="learned_range")
+    x = torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8)
+    t = torch.tensor([1, 2, 5, 40])
+    with torch.autocast("cpu", torch.bfloat16):
+        bytes_, floats = (model.loss(images, t=t, seed=0)["vlb"] for images in (x, x.float() / 255))
+    torch.testing.assert_close(bytes_, floats, rtol=1e-3, atol=0)
