@@ -167,8 +167,9 @@ def train(
         _take_over(options, read_settings(out), given)
     else:
         for name, value in registry.get_family(family).defaults.items():
-            # A batch holds no more than there are images: that is seen later.
-            if name not in given and name != "batch_size":
+            # A batch holds no more than there are images: that is seen later. Another schedule has an objective of its
+            # own.
+            if name not in given and name != "batch_size" and not (name == "objective" and "schedule" in given):
                 setattr(options, name, value)
     with training.launched(_device(device)) as where:
         _train(options, where)

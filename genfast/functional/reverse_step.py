@@ -95,7 +95,8 @@ def reverse_step(
             times beta_t); ``"learned_range"``: b_s^(1 - f) b^f with f = (v + 1) / 2 (Nichol and Dhariwal, "Improved
             denoising diffusion probabilistic models", 2021, equation 15).
         recompute_eps: whether the eps of the step is the one that belongs to the clipped x0, as in DDPM, or what pred
-            said, as in most DDIM code.
+            said, as in most DDIM code. With clip, t = 0.0 of a continuous schedule has no such eps: an error on the
+            CPU, NaN on a GPU.
         seed: None (drawn from torch's generator), an int, or an int64 tensor [1] on the device of x_t. One seed serves
             a whole trajectory: t salts the noise.
         noise: of x_t's shape; it replaces the generator.
@@ -137,6 +138,9 @@ def reverse_step(
         clip = _checks.non_negative("clip", clip)
     x_t, pred = _check_prediction(x_t, pred, variance)
     t, t_prev, *tables = _times(x_t, t, t_prev, schedule, eta)
+    looked_at = schedule.continuous and t.device.type == "cpu" and is_plain(t)
+    if clip is not None and recompute_eps and looked_at and (t == 0).any():
+        raise ValueError("recompute_eps: expected False with clip at t = 0, where x_t holds no eps to recompute")
     if x_prev is not None:
         _check_given(x_prev, x_t, log_prob, seed, noise)
         _checks.row_index("row_offset", row_offset)

@@ -52,7 +52,11 @@ class Family:
 _DIFFUSION_OPTIONS = (
     "schedule", "num_steps", "objective", "preset", "weighting", "gamma", "variance", "clip_x0", "fused",
 )  # fmt: skip
-_DIFFUSION_DEFAULTS = {"preset": "tiny", "batch_size": 64, "lr": 1e-3, "ema_decay": 0.995}
+# Of the discrete schedules this one gave recognisable digits soonest.
+_DIFFUSION_DEFAULTS = {
+    "schedule": "cosine", "objective": "v", "preset": "tiny", "batch_size": 64, "lr": 1e-3, "ema_decay": 0.995,
+    "epochs": 25,
+}  # fmt: skip
 _NETWORK_OPTIONS = ("latent_dim", "hidden_dims", "preset", "likelihood", "sigma", "fused")
 
 FAMILIES: dict[str, Family] = {

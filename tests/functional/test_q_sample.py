@@ -91,6 +91,9 @@ def test_uint8_is_scaled_to_one(device):
         want = q_sample(x0.double() / 127.5 - 1, 500, schedule, seed=0).x_t
         assert got.dtype == dtype
         torch.testing.assert_close(got.double(), want, rtol=1e-6 if dtype == torch.float32 else 2**-7, atol=5e-6)
+    one, nothing = torch.ones(2, device=device), torch.zeros(2, device=device)
+    ends = torch.tensor([[0], [255]], dtype=torch.uint8, device=device)
+    assert forward_noising(ends, one, nothing, seed=0).tolist() == [[-1.0], [1.0]]
 
 
 def test_given_noise_replaces_the_seed(device):
@@ -246,3 +249,22 @@ def test_seeds_of_one_generator_state_are_the_same(device):
     assert torch.equal(results[0].x_t, results[1].x_t)
     assert not torch.equal(q_sample(x0, None, schedule).x_t, results[0].x_t)
     assert torch.equal(forward_noising(x0, torch.ones(2, device=device), torch.zeros(2, device=device)), x0)
+
+
+def test_a_schedule_elsewhere_is_named():
+    with pytest.raises(ValueError, match="schedule: expected one on the device of the images, cpu, got meta"):
+        q_sample(X0, 3, schedules.linear(10).to("meta"))
+
+
+def test_given_noise_draws_the_same_times_compiled():
+    """One state of torch's generator, eager and by Inductor."""
+    schedule, noise = schedules.linear(1000), torch.randn(2, 3)
+
+    def times(x0: Tensor) -> Tensor:
+        return q_sample(x0, None, schedule, noise=noise).t
+
+    drawn = []
+    for function in (times, torch.compile(times, fullgraph=True)):
+        torch.manual_seed(4)
+        drawn.append(function(X0).tolist())
+    assert drawn[0] == drawn[1]

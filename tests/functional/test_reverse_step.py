@@ -661,3 +661,34 @@ def test_one_captured_step_serves_a_trajectory():
         t_prev.fill_(then)
         graph.replay()
         assert torch.equal(got, reverse_step(x_t, pred, now, then, schedule, seed=3))
+
+
+def test_no_eps_is_recomputed_from_a_clean_image(device):
+    """With clip the way from t = 0 must go by the network's own eps."""
+    schedule = schedules.rectified_flow().to(device)
+    x, pred = torch.full((2, 3), 0.5, device=device), torch.zeros(2, 3, device=device)
+    if device == "cpu":
+        with pytest.raises(ValueError, match="recompute_eps: expected False with clip at t = 0"):
+            reverse_step(x, pred, 0.0, 0.5, schedule, eta=0.0, clip=1.0)
+    there = reverse_step(x, pred, 0.0, 0.5, schedule, eta=0.0, clip=1.0, recompute_eps=False)
+    torch.testing.assert_close(there, reverse_step(x, pred, 0.0, 0.5, schedule, eta=0.0))
+
+
+def test_what_wants_a_gradient_is_refused_where_none_would_come(device):
+    class Learned(schedules.ContinuousSchedule):
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
+
+        def path(self, t):
+            return 1 - self.w * t, self.w * t
+
+    x = torch.zeros(2, 3, device=device)
+    learned = Learned().to(device)
+    with pytest.raises(ValueError, match="schedule: expected no need of a gradient"):
+        q_sample(x, 0.5, learned)
+    with pytest.raises(ValueError, match="schedule: expected no need of a gradient"):
+        reverse_step(x, x, 0.5, 0.25, learned, eta=0.0)
+    t = torch.tensor([0.5, 0.6], device=device, requires_grad=True)
+    with pytest.raises(ValueError, match="t: expected no need of a gradient"):
+        q_sample(x, t, schedules.rectified_flow().to(device))

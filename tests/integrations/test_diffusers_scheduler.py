@@ -191,6 +191,24 @@ def test_a_pipeline_draws_the_same_images():
     torch.testing.assert_close(*map(torch.from_numpy, images), rtol=0, atol=1e-4)
 
 
+def test_a_pipeline_is_saved_and_loaded(tmp_path):
+    unet = diffusers.UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(8,), norm_num_groups=4,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+    )  # fmt: skip
+    diffusers.DDPMPipeline(unet, DDPMScheduler(beta_end=0.03)).save_pretrained(tmp_path)
+    loaded = diffusers.DDPMPipeline.from_pretrained(tmp_path)
+    assert type(loaded.scheduler) is DDPMScheduler
+    assert loaded.scheduler.config.beta_end == 0.03
+
+
+def test_what_broadcasts_is_theirs():
+    x0, noise, t = torch.ones(1, 3), torch.randn(2, 3), torch.tensor([10, 900])
+    for method in ("add_noise", "get_velocity"):
+        want = getattr(diffusers.DDPMScheduler(), method)(x0, noise, t)
+        torch.testing.assert_close(getattr(DDPMScheduler(), method)(x0, noise, t), want)
+
+
 def test_half_precision_computes_in_fp32():
     """Nearer to fp64 than theirs, which rounds every intermediate result to bf16."""
     sample, output = (torch.randn(SHAPE, generator=torch.Generator().manual_seed(i)).bfloat16() for i in range(2))
