@@ -121,11 +121,16 @@ def train(
     beta: Annotated[float | None, typer.Option(help="Weight of the KL term in training.")] = None,
     free_bits: Annotated[float | None, typer.Option(help="Nats per latent dimension that cost nothing.")] = None,
     schedule: Annotated[
-        str | None, typer.Option(help=f"Noise over time: {', '.join(_names(schedules.NAMES))}.")
+        str | None, typer.Option(help=_default("schedule", f"Noise over time: {', '.join(_names(schedules.NAMES))}."))
     ] = None,
     num_steps: Annotated[int | None, typer.Option(min=1, help="Steps of the noise schedule.")] = None,
     objective: Annotated[
-        str | None, typer.Option(help=f"What the network predicts: {', '.join(schedules.OBJECTIVES)}.")
+        str | None,
+        typer.Option(
+            help=_default(
+                "objective", f"What the network predicts: {', '.join(schedules.OBJECTIVES)}; of a --schedule its own."
+            )
+        ),
     ] = None,
     weighting: Annotated[
         str | None, typer.Option(help=f"Of the loss over time: {', '.join(_names(schedules.WEIGHTINGS))}.")

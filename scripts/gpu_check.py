@@ -261,6 +261,10 @@ def train(options: argparse.Namespace) -> int:
                     step.figures |= {"images_per_second": round(max(row["images_per_second"] for row in rows))}
                     part.save()
     part.run("noise", _pytest("benchmarks/bench_noise.py", *figures), tests=True)
+    if not options.dry_run:
+        # What diffusion adds to a step, and a sampling loop.
+        for name in ("noising_and_loss", "sampling"):
+            part.run(name, _pytest(f"benchmarks/bench_{name}.py", *figures), tests=True)
     # Last, since it compiles the most, and keeps what it has when the time is over.
     steps = ["benchmarks/bench_training_step.py", *toy]
     _compile(part, "training step", steps)

@@ -124,6 +124,9 @@ def test_the_defaults_of_the_family(data, trained, tmp_path, capsys):
     succeeds(capsys, *train(data, tmp_path / "run", "--num-steps", 4, "--lr", 0.01, "--ema-decay", 0.5))
     kept = settings(tmp_path / "run")
     assert (kept["batch_size"], kept["lr"], kept["ema_decay"]) == (36, 0.01, 0.5)
+    # Another schedule has its own objective, unless it is given.
+    succeeds(capsys, *train(data, tmp_path / "flow", "--schedule", "rectified-flow"))
+    assert registry.load(tmp_path / "flow").objective == "flow"
     # And no other family has them.
     succeeds(capsys, "train", "vae", "--data", data, "--epochs", 1, "--out", tmp_path / "vae")
     kept = settings(tmp_path / "vae")
@@ -162,12 +165,13 @@ def test_a_resumed_run_keeps_its_own_options(data, trained, tmp_path, capsys):
     folder = shutil.copytree(trained, tmp_path / "run")
     before = settings(folder)
     again = ("train", "ddpm", "--resume", "--out", folder)
-    for option, value, own in (("--schedule", "cosine", None), ("--num-steps", 13, 12), ("--lr", 0.5, before["lr"])):
+    others = (("--schedule", "linear", "cosine"), ("--num-steps", 13, 12), ("--lr", 0.5, before["lr"]))
+    for option, value, own in others:
         line = fails(capsys, *again, option, value)
         assert f"--resume: {option}: expected that of the run, {own}, got {value}" in line
     assert settings(folder) == before
     defaults = registry.get_family("ddpm").defaults
-    changed = {"lr": 0.5, "ema_decay": 0.1, "preset": "base", "batch_size": 3}
+    changed = {"lr": 0.5, "ema_decay": 0.1, "preset": "base", "batch_size": 3, "schedule": "sigmoid", "objective": "x0"}
     assert set(changed) == set(defaults)
     original = dict(defaults)
     try:

@@ -315,8 +315,13 @@ _HEADLINES = (
     ("KL of two Gaussians", "kl_normal", ("fp32", "bf16"), _BOTH),
     ("cross-entropy, uint8 images", "bernoulli_nll-uint8", ("fp32", "bf16"), _BOTH),
     ("its batch mean, float images", "bernoulli_nll-mean", ("fp32", "bf16"), _BOTH),
+    ("noising, diffusion", "forward_noising", ("fp32", "bf16"), _BOTH),
+    ("denoising loss, its batch mean", "denoising_loss-mean", ("fp32", "bf16"), _BOTH),
+    ("noising, loss and gradient", "noising_and_loss", ("fp32", "bf16"), _BOTH),
+    ("step back, DDPM", "reverse_step", ("fp32", "bf16"), _BOTH),
     ("training step, VAE (MLP)", "vae mlp", ("fp32", "bf16"), ""),
     ("training step, VAE (conv)", "vae conv", ("fp32", "bf16"), ""),
+    ("training step, DDPM (small U-Net)", "ddpm small", ("fp32", "bf16"), ""),
 )
 
 

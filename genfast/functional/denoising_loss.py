@@ -91,6 +91,7 @@ def denoising_loss(
     A second derivative is not implemented and says so.
 
     Example:
+        >>> import torch
         >>> from genfast import schedules
         >>> from genfast.functional import q_sample
         >>> schedule = schedules.linear(1000)

@@ -472,9 +472,12 @@ class DDPM(Model):
         (a, b), (a_s, b_s), kappa = self._pair(t, s)
         eps = (x_t - a * x0) / b
         spread = b_s ** (1 - fraction) * b**fraction
+        mean = a_s * x0 + b_s * (1 - eta**2 * kappa).sqrt() * eps
+        if eta == 0:
+            return mean
         sigma = torch.where(b_s > 0, eta * kappa.sqrt() * spread, 0.0)
         noise = _noise_like(x_t, Stream.REVERSE_STEP, seed, row_offset, self.schedule.salt(t))
-        return a_s * x0 + b_s * (1 - eta**2 * kappa).sqrt() * eps + sigma * noise
+        return mean + sigma * noise
 
     def _picture(self, x: Tensor, t: Tensor) -> Tensor:
         """Images in [-1, 1] with their noise to [0, 1]."""
@@ -487,7 +490,7 @@ class DDPM(Model):
         a, b = self.schedule.coefficients(t)
         p, q = self.schedule.target_coefficients(t, self.objective)
         det = a * q - b * p
-        x0 = _rows(q / det) * x_t - _rows(b / det) * prediction.float()
+        x0 = _rows(q / det) * x_t - _rows(b / det) * prediction
         return x0 if clip is None else x0.clamp(-clip, clip)
 
     def _parts(self, out: Tensor) -> tuple[Tensor, Tensor | float]:

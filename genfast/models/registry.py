@@ -55,7 +55,6 @@ _DIFFUSION_OPTIONS = (
 # Of the discrete schedules this one gave recognisable digits soonest.
 _DIFFUSION_DEFAULTS = {
     "schedule": "cosine", "objective": "v", "preset": "tiny", "batch_size": 64, "lr": 1e-3, "ema_decay": 0.995,
-    "epochs": 25,
 }  # fmt: skip
 _NETWORK_OPTIONS = ("latent_dim", "hidden_dims", "preset", "likelihood", "sigma", "fused")
 

@@ -448,6 +448,13 @@ def test_a_net_that_knows_them_samples_its_images(schedule, variance, fused, x):
         torch.testing.assert_close(model.sample(8, seed=1, **options), x / 255)
 
 
+class Forgetful(Net):
+    """With dropout."""
+
+    def forward(self, x, t):
+        return nn.functional.dropout(super().forward(x, t), training=self.training)
+
+
 class Doubled(nn.Sequential):
     """A prediction, and a variance half way."""
 
@@ -504,8 +511,12 @@ def test_one_seed_gives_the_same_images_at_every_batch_size(options):
     assert torch.equal(model.sample(3, seed=torch.tensor([7]), row_offset=25, **options), piece)
 
 
-def test_sampling_leaves_the_model_as_it_was():
-    model = small()
+def test_sampling_leaves_the_model_as_it_was(x):
+    model = small(net=Forgetful())
+    # In eval mode meanwhile: nothing is dropped.
+    assert torch.equal(model.sample(2, steps=3, seed=0), model.sample(2, steps=3, seed=0))
+    assert torch.equal(model.bits_per_dim(x, steps=3, seed=0), model.bits_per_dim(x, steps=3, seed=0))
+    assert not torch.equal(model(x / 255, 3), model(x / 255, 3))
     model.net.stem.eval()
     torch.manual_seed(2)
     first = model.sample(2, steps=3)
