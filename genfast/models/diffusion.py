@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,14 +21,13 @@ from genfast.models.base import Model, _check_sizes, check_choice, check_images,
 from genfast.models.unet import UNet
 from genfast.random import Stream, as_seed, normal
 from genfast.reference._linear_gaussian import OBJECTIVES, WEIGHTINGS
+from genfast.reference.reverse_step import VARIANCES
 from genfast.schedules import Schedule
 
 __all__ = ["DDPM"]
 
 Sampler = Literal["ddpm", "ddim", "euler"]
 Variance = Literal["fixed_small", "fixed_large", "learned_range"]
-_VARIANCES = ("fixed_small", "fixed_large", "learned_range")
-_CONTINUOUS = ("rectified_flow", "edm")
 # Modes of torch.compile that bring graphs of their own, which no other graph can hold.
 _OWN_GRAPHS = ("reduce-overhead", "max-autotune")
 
@@ -90,13 +90,13 @@ class DDPM(Model):
         super().__init__()
         _check_sizes("image_shape", image_shape, count=3)
         check_choice("weighting", weighting, WEIGHTINGS)
-        check_choice("variance", variance, _VARIANCES)
+        check_choice("variance", variance, VARIANCES)
         self.schedule = _make_schedule(schedule, num_steps)
         self.objective = self.schedule.default_objective if objective is None else objective
         check_choice("objective", self.objective, OBJECTIVES)
         _check_invertible(self.schedule, self.objective)
         if variance == "learned_range" and self.schedule.continuous:
-            raise ValueError(f"variance: expected one of {_VARIANCES[:2]} with a continuous schedule, got {variance!r}")
+            raise ValueError(f"variance: expected one of {VARIANCES[:2]} with a continuous schedule, got {variance!r}")
         self.image_shape = tuple(image_shape)
         self.weighting, self.gamma = weighting, _checks.non_negative("gamma", gamma)
         self.variance, self.vlb_weight = variance, _checks.non_negative("vlb_weight", vlb_weight)
@@ -607,7 +607,7 @@ def _make_schedule(schedule: str | Mapping[str, Any] | Schedule, num_steps: int 
         check_choice("schedule", name, schedules.NAMES)
         if num_steps is None:
             return schedules.get(name)
-        if name in _CONTINUOUS:
+        if "num_steps" not in inspect.signature(getattr(schedules, name)).parameters:
             raise ValueError(
                 f"num_steps: expected None for {schedule!r}, which has no number of steps, got {num_steps}"
             )
