@@ -8,7 +8,6 @@ from itertools import pairwise
 import mpmath
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 from torch.distributions import Normal
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -114,8 +113,9 @@ def _assert_rows(got: Tensor, want: Tensor, size: Tensor) -> None:
     assert excess.max() <= 1, excess
 
 
-def _diffusers(kind: type, prediction: str, clip: bool, **options):
-    return kind(
+def _diffusers(kind: str, prediction: str, clip: bool, **options):
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    return getattr(diffusers, kind)(
         num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, prediction_type=prediction, clip_sample=clip,
         **options,
     )  # fmt: skip
@@ -136,7 +136,7 @@ PREDICTIONS = {"epsilon": "epsilon", "sample": "x0", "v_prediction": "v"}
 @pytest.mark.parametrize("variance", VARIANCES)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_equals_the_ddpm_scheduler_of_diffusers(prediction, variance, clip, device):
-    scheduler = _in_fp64(_diffusers(DDPMScheduler, prediction, clip, variance_type=variance))
+    scheduler = _in_fp64(_diffusers("DDPMScheduler", prediction, clip, variance_type=variance))
     schedule = schedules.from_alpha_bar(scheduler.alphas_cumprod).to(device)
     x_t, pred = _pair((2, 3, 4, 4), "cpu", variance == "learned_range")
     for t in (999, 998, 500, 1, 0):
@@ -155,7 +155,7 @@ def test_equals_the_ddpm_scheduler_of_diffusers(prediction, variance, clip, devi
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_equals_the_ddim_scheduler_of_diffusers(prediction, eta, clip, recompute, device):
     """With 10 of 1000 steps."""
-    scheduler = _in_fp64(_diffusers(DDIMScheduler, prediction, clip, timestep_spacing="trailing"))
+    scheduler = _in_fp64(_diffusers("DDIMScheduler", prediction, clip, timestep_spacing="trailing"))
     scheduler.set_timesteps(10)
     schedule = schedules.from_alpha_bar(scheduler.alphas_cumprod).to(device)
     times = schedule.timesteps(10).tolist()
@@ -174,7 +174,8 @@ def test_equals_the_ddim_scheduler_of_diffusers(prediction, eta, clip, recompute
 
 
 def test_equals_the_flow_matching_scheduler_of_diffusers(device):
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(8)
     schedule = schedules.rectified_flow(shift=3.0).to(device)
     x_t, pred = _pair((2, 3, 4, 4), "cpu")
@@ -189,7 +190,7 @@ def test_equals_the_flow_matching_scheduler_of_diffusers(device):
 @pytest.mark.parametrize("steps", [1000, 50])
 def test_is_nearer_to_fp64_than_diffusers(steps, dtype, device):
     """The largest error of one step with the same noise, over all steps; theirs with their own tables."""
-    scheduler = _diffusers(DDPMScheduler, "epsilon", False, timestep_spacing="trailing")
+    scheduler = _diffusers("DDPMScheduler", "epsilon", False, timestep_spacing="trailing")
     scheduler.set_timesteps(steps)
     schedule = schedules.linear(1000).to(device)
     x_t, eps = (x.to(dtype) for x in _pair((steps, 64), "cpu"))
