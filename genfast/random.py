@@ -241,8 +241,10 @@ def _bits(
         key = (value & _MASK, value >> 32 & _MASK)
         group = np.arange(first, first + groups, dtype=np.uint64)[None, :]
         row = np.arange(row_offset, row_offset + rows, dtype=np.uint64)[:, None]
-        salts = salt.numpy().reshape(-1, 1) if isinstance(salt, Tensor) else np.int64(salt)
-        last = (stream | (salts & (_SALT_LIMIT - 1)) << 8).astype(np.uint64)
+        if isinstance(salt, Tensor) and salt.numel() != 1:
+            last = (stream | (salt.numpy().reshape(-1, 1) & (_SALT_LIMIT - 1)) << 8).astype(np.uint64)
+        else:
+            last = stream | (int(salt) & (_SALT_LIMIT - 1)) << 8
         words = _rounds(key, (group & _MASK, row & _MASK, row >> 32, last))
         return tuple(torch.from_numpy(word.view(np.int64)) for word in words)
     key = (seed & _MASK, seed >> 32 & _MASK)

@@ -64,7 +64,8 @@ def test_no_object_is_left_behind(run):
         # Free lists are full of what was allocated before the tracing, and is not in the account.
         run(WARM_UP)
         tensors, before = live_tensors(), tracemalloc.take_snapshot()
-        run(STEPS)
+        # Twice as many: what Python keeps for reuse varies by some 40 KB, however many steps there are.
+        run(2 * STEPS)
         assert live_tensors() == tensors
         after = tracemalloc.take_snapshot()
     finally:
@@ -73,7 +74,7 @@ def test_no_object_is_left_behind(run):
     without = [tracemalloc.Filter(False, tracemalloc.__file__)]
     changes = after.filter_traces(without).compare_to(before.filter_traces(without), "lineno")
     # An object of 32 bytes in each step: a float with its place in a list.
-    assert sum(change.size_diff for change in changes) < 32 * STEPS, "\n".join(map(str, changes[:10]))
+    assert sum(change.size_diff for change in changes) < 32 * 2 * STEPS, "\n".join(map(str, changes[:10]))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc, which Linux has")
