@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from genfast import random
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -37,6 +39,20 @@ def non_negative(name: str, value: float) -> float:
     if not 0 <= value < math.inf:
         raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
     return value if isinstance(value, (float, torch.SymFloat)) else float(value)
+
+
+def noise_source(
+    name: str, noise: Tensor | None, seed: int | Tensor | None, like_name: str, like: Tensor, row_offset: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """(seed, noise) for an op, exactly one of them not None."""
+    row_index("row_offset", row_offset)
+    if noise is None:
+        return random.as_seed(seed, like.device), None
+    if seed is not None:
+        raise ValueError(f"seed: expected None when {name} is given, since {name} replaces the generator")
+    floating(name, noise)
+    same_shape(name, noise, like_name, like)
+    return None, noise
 
 
 def choice(name: str, value: object, choices: Sequence[str]) -> None:

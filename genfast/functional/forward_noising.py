@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genfast import random
 from genfast.functional import _checks
 from genfast.functional._register import register
 from genfast.reference._linear_gaussian import gathered, wide_rows
@@ -39,14 +38,7 @@ def resolve_noise(
     x0_name: str, x0: Tensor, seed: int | Tensor | None, noise: Tensor | None, row_offset: int
 ) -> tuple[Tensor | None, Tensor | None]:
     """(seed, noise) for the op, exactly one of them not None."""
-    _checks.row_index("row_offset", row_offset)
-    if noise is None:
-        return random.as_seed(seed, x0.device), None
-    if seed is not None:
-        raise ValueError("seed: expected None when noise is given, since noise replaces the generator")
-    _checks.floating("noise", noise)
-    _checks.same_shape("noise", noise, x0_name, x0)
-    return None, noise
+    return _checks.noise_source("noise", noise, seed, x0_name, x0, row_offset)
 
 
 def noised(

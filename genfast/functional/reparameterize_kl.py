@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genfast import random
 from genfast.functional import _checks
 from genfast.functional._register import register
 
@@ -46,14 +45,7 @@ def resolve_noise(
     latent: Tensor, seed: int | Tensor | None, eps: Tensor | None, row_offset: int
 ) -> tuple[Tensor | None, Tensor | None]:
     """(seed, eps) for the op, exactly one of them not None."""
-    _checks.row_index("row_offset", row_offset)
-    if eps is None:
-        return random.as_seed(seed, latent.device), None
-    if seed is not None:
-        raise ValueError("seed: expected None when eps is given, since eps replaces the generator")
-    _checks.floating("eps", eps)
-    _checks.same_shape("eps", eps, "the latent", latent)
-    return None, eps
+    return _checks.noise_source("eps", eps, seed, "the latent", latent, row_offset)
 
 
 def reparameterize_kl(
