@@ -19,7 +19,7 @@ def philox4x32(seed, group, row, salt, STREAM: tl.constexpr):
     c0 = group.to(tl.uint32)
     c0, c1 = tl.broadcast(c0, (row & 0xFFFFFFFF).to(tl.uint32))
     c2 = c1 * 0 + ((row >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    c3 = c1 * 0 + (tl.to_tensor(salt).to(tl.uint32) << 8 | STREAM)
+    c3 = (c1 * 0 + salt).to(tl.uint32) << 8 | STREAM
     for _ in tl.static_range(10):
         # One 64-bit product (IMAD.WIDE) gives both halves: cheaper than umulhi and a second product.
         a = c0.to(tl.uint64) * 0xD2511F53
