@@ -13,6 +13,8 @@ from tests import matrix  # noqa: E402
 
 # GENFAST_TEST_DEVICES=cuda leaves out what needs no GPU: its time is short.
 DEVICES = os.environ.get("GENFAST_TEST_DEVICES", "cpu,cuda" if torch.cuda.is_available() else "cpu").split(",")
+# GENFAST_TEST_SETTINGS=first: one setting of each op, where another torch is what is tested.
+SETTINGS = {"all": None, "first": 1}[os.environ.get("GENFAST_TEST_SETTINGS", "all")]
 
 
 @pytest.fixture(params=DEVICES)
@@ -37,17 +39,19 @@ def poisoned():
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A class with `cases` runs each test that asks for a `case` once for each; `graded`: those with gradients."""
-    if "case" in metafunc.fixturenames and metafunc.cls is not None:
-        metafunc.parametrize("case", metafunc.cls.cases, ids=lambda case: case.name)
-    if "graded" in metafunc.fixturenames and metafunc.cls is not None:
-        graded = [case for case in metafunc.cls.cases if case.differentiable]
-        metafunc.parametrize("graded", graded, ids=lambda case: case.name)
+    if metafunc.cls is None or not hasattr(metafunc.cls, "cases"):
+        return
+    cases = metafunc.cls.cases[:SETTINGS]
+    if "case" in metafunc.fixturenames:
+        metafunc.parametrize("case", cases, ids=lambda case: case.name)
+    if "graded" in metafunc.fixturenames:
+        metafunc.parametrize("graded", [case for case in cases if case.differentiable], ids=lambda case: case.name)
     for name, every in (("sized", 3), ("planar", 2)):
-        if name in metafunc.fixturenames and metafunc.cls is not None:
+        if name in metafunc.fixturenames:
             # The settings of an op share its tiles: the first of them meets all shapes.
             shapes = {"sized": matrix.SHAPES, "planar": matrix.PLANAR}[name]
-            pairs = [(case, shape) for case in metafunc.cls.cases[:1] for shape in shapes]
-            pairs += [(case, shape) for case in metafunc.cls.cases[1:] for shape in shapes[::every]]
+            pairs = [(case, shape) for case in cases[:1] for shape in shapes]
+            pairs += [(case, shape) for case in cases[1:] for shape in shapes[::every]]
             metafunc.parametrize(name, pairs, ids=lambda pair: f"{pair[0].name}-{pair[1]}")
-    if "base" in metafunc.fixturenames and metafunc.cls is not None:
-        metafunc.parametrize("base", metafunc.cls.cases[:1], ids=lambda case: case.name)
+    if "base" in metafunc.fixturenames:
+        metafunc.parametrize("base", cases[:1], ids=lambda case: case.name)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Self
 
 from torch import Tensor, nn
@@ -43,6 +45,7 @@ class Board:
         except ImportError as error:
             message = "tensorboard: expected the package tensorboard, got none: pip install tensorboard"
             raise ImportError(message) from error
+        _wait_for_a_later_name(Path(folder))
         self.writer = SummaryWriter(os.fspath(folder), purge_step=steps + 1)
 
     def __enter__(self) -> Self:
@@ -73,3 +76,10 @@ class Board:
             # One seed for all epochs, so that the pictures show the model's change alone.
             self.writer.add_images("samples", model.sample(**options, seed=0).clamp(0, 1), steps)
         self.writer.flush()
+
+
+def _wait_for_a_later_name(folder: Path) -> None:
+    """TensorBoard reads event files by name, which begins with the second: within one their order is not sure."""
+    seconds = {path.name.split(".")[3] for path in folder.glob("events.out.tfevents.*")}
+    while f"{int(time.time()):010d}" in seconds:
+        time.sleep(0.02)

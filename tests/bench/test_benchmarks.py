@@ -19,7 +19,9 @@ KL = "benchmarks/bench_kl_normal.py"
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
     # As on a machine that has no installation, and one thread: two would wait for each other on a busy machine.
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
+    # A worker of pytest-xdist has variables that would make workers of the processes below: these time nothing.
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    env = {**own, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
 
 
