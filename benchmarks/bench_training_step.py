@@ -38,6 +38,7 @@ SIZES = {
     "vae": (("mlp", "conv"), 28, {"cpu": (128,), "cuda": (128, 4096)}),
     "ae": (("mlp", "conv"), 28, {"cpu": (128,), "cuda": (128, 4096)}),
     "ddpm": (("tiny",) if DEVICE.type == "cpu" else ("small",), 32, {"cpu": (4,), "cuda": (128,)}),
+    "flow": (("tiny",) if DEVICE.type == "cpu" else ("small",), 28, {"cpu": (16,), "cuda": (128,)}),
 }
 assert SIZES.keys() == FAMILIES.keys()
 CASES = [

@@ -12,18 +12,37 @@ _LAZY = {
     "VAE": "genfast.models",
     "DDPM": "genfast.models",
     "AutoEncoder": "genfast.models",
+    "Flow": "genfast.models",
+    "FlowPlusPlus": "genfast.models",
+    "Glow": "genfast.models",
+    "RealNVP": "genfast.models",
     "UNet": "genfast.models",
     "fit": "genfast.training",
 }
-_SUBMODULES = ("functional", "integrations", "models", "profiling", "random", "reference", "schedules", "training")
+_SUBMODULES = (
+    "flows",
+    "functional",
+    "integrations",
+    "models",
+    "profiling",
+    "random",
+    "reference",
+    "schedules",
+    "training",
+)
 
 __all__ = [
     "DDPM",
     "VAE",
     "AutoEncoder",
+    "Flow",
+    "FlowPlusPlus",
+    "Glow",
+    "RealNVP",
     "UNet",
     "__version__",
     "fit",
+    "flows",
     "functional",
     "integrations",
     "models",
@@ -35,8 +54,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from genfast import functional, integrations, models, profiling, random, reference, schedules, training
-    from genfast.models import DDPM, VAE, AutoEncoder, UNet
+    from genfast import flows, functional, integrations, models, profiling, random, reference, schedules, training
+    from genfast.models import DDPM, VAE, AutoEncoder, Flow, FlowPlusPlus, Glow, RealNVP, UNet
     from genfast.training import fit
 
 

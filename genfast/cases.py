@@ -47,10 +47,12 @@ class Tolerance:
 # deviations and incoming gradients of the inputs below multiply it by at most that.
 # Losses are means of squares of pred - target, so an error d of the noise shows as 2 d |pred - target|, no more than
 # rtol loss + d^2 / rtol.
+# Log-determinants are sums of terms of both signs, known no better than their terms.
 _SUMS = Tolerance(1e-6)
 TOLERANCES = {
     "reference": {
         "sums": _SUMS,
+        "logdets": Tolerance(1e-6, 5e-6),
         "losses": Tolerance(5e-6, 1e-6),
         torch.float32: Tolerance(1e-6, 2e-6),
         torch.bfloat16: Tolerance(2**-8, 2e-6),
@@ -58,6 +60,7 @@ TOLERANCES = {
     },
     "interpreted": {
         "sums": _SUMS,
+        "logdets": Tolerance(1e-6, 5e-6),
         "losses": Tolerance(1e-5, 3e-6),
         torch.float32: Tolerance(1e-6, 5e-6),
         torch.bfloat16: Tolerance(2**-7, 5e-6),
@@ -65,6 +68,7 @@ TOLERANCES = {
     },
     "triton": {
         "sums": _SUMS,
+        "logdets": Tolerance(2e-6, 2e-5),
         "losses": Tolerance(2e-5, 1e-4),
         torch.float32: Tolerance(2e-6, 4e-5),
         torch.bfloat16: Tolerance(2**-8, 4e-5),
@@ -89,7 +93,8 @@ class Case:
     or written, forward and backward, for each element of the main tensor. `sums` are the outputs that are per-sample
     results, `losses` those among them that noise enters; `roundings` how often an element is rounded to the input's
     dtype. `noisy`: the op makes its own noise; `comparable`: the eager chain has the same. `differentiable`: some input
-    takes a gradient.
+    takes a gradient. `logdets`: sums whose terms have both signs; `cancels`: how much larger than 1 the terms are of
+    which gradients are sums.
     """
 
     op: str
@@ -106,15 +111,20 @@ class Case:
     noisy: bool = False
     comparable: bool = True
     differentiable: bool = True
+    logdets: frozenset[str] = field(default_factory=frozenset)
+    cancels: float = 1.0
 
     def tolerance(self, path: str, dtype: torch.dtype, output: str | None = None) -> Tolerance:
         """What is allowed for an output, or for a gradient if None, on a path."""
         if output in self.losses:
             return TOLERANCES[path]["losses"]
+        if output in self.logdets:
+            return TOLERANCES[path]["logdets"]
         if output in self.sums:
             return TOLERANCES[path]["sums"]
         one = TOLERANCES[path][dtype]
-        return Tolerance(self.roundings * one.rtol, one.atol if self.noisy else NOISELESS_ATOL)
+        atol = one.atol if self.noisy else NOISELESS_ATOL
+        return Tolerance(self.roundings * one.rtol, atol * (self.cancels if output is None else 1))
 
     def upstream(self, inputs: Inputs, outputs: Outputs) -> list[Tensor]:
         """Incoming gradients of one size, which makes gradients of the size that the tolerances are made for."""
@@ -135,7 +145,7 @@ def wide(inputs: Inputs) -> Inputs:
 
 
 # Targets, noise, coefficients and times.
-_CONSTANTS = ("x", "eps", "a", "b", "t", "t_prev", "x_prev")
+_CONSTANTS = ("x", "eps", "a", "b", "t", "t_prev", "x_prev", "logit")
 
 
 def differentiable(inputs: Inputs) -> list[str]:
@@ -473,6 +483,183 @@ def _reverse_step(
     )  # fmt: skip
 
 
+def _affine_coupling(setting: str, **options: Any) -> Case:
+    """`options` as the op takes them; in half the samples all scales are above 1, in the others below."""
+    interleaved, inside = options.get("layout") == "interleaved", options.get("shift_inside", False)
+    scale_map = options.get("scale_map", "tanh")
+    shift_first, inverse = options.get("order") == "shift_first", options.get("inverse", False)
+    flip = options.get("reciprocal", False)
+
+    def make(shape: tuple[int, ...], dtype: torch.dtype, device: str, generator: torch.Generator) -> Inputs:
+        shape = (*shape, 1) if len(shape) == 1 else shape
+        half, s, t = (torch.randn(shape, generator=generator) for _ in range(3))
+        # A log-det of terms of one sign is as well known as they are.
+        side = 1 - 2 * (torch.arange(shape[0]) % 2).float()
+        parts = [s.abs() * side.view(-1, *[1] * (len(shape) - 1)), t]
+        parts = parts[::-1] if shift_first else parts
+        params = torch.stack(parts, 2).flatten(1, 2) if interleaved else torch.cat(parts, 1)
+        return {"half": half.to(device, dtype), "params": params.to(device, dtype)}
+
+    def fused(inputs: Inputs) -> Outputs:
+        return functional.affine_coupling(inputs["half"], inputs["params"], **options)
+
+    def eager(inputs: Inputs) -> Outputs:
+        half, params = inputs["half"], inputs["params"]
+        s, t = (params[:, 0::2], params[:, 1::2]) if interleaved else params.chunk(2, 1)
+        s, t = (t, s) if shift_first else (s, t)
+        if scale_map == "sigmoid":
+            scale = torch.sigmoid(s + 2)
+            log = scale.log()
+        else:
+            log = 2 * torch.tanh(s) if scale_map == "tanh" else 0.636 * 2 * torch.atan(s / 2)
+            scale = log.exp()
+        if flip:
+            scale, log = 1 / scale, -log
+        if inverse:
+            y = half / scale - t if inside else (half - t) / scale
+            log = -log
+        else:
+            y = (half + t) * scale if inside else half * scale + t
+        return y, log.flatten(1).sum(1)
+
+    def exact(inputs: Inputs) -> Outputs:
+        return reference.affine_coupling.forward(
+            inputs["half"], inputs["params"], None, scale_map, 2.0, 0.0, interleaved, shift_first, inside, flip, -1, inverse
+        )
+
+    # x, s, t and y; then x, s and y's gradient, and three gradients. Where the scale takes in t, backward reads it too.
+    moves = 4.0, 6.0 + (inside != inverse)
+    return Case(
+        "affine_coupling", setting, make, fused, eager, exact, moves, ("y", "logdet"), frozenset({"logdet"}),
+        logdets=frozenset({"logdet"}),
+    )  # fmt: skip
+
+
+def mixture_logistic_coupling(setting: str, components: int, **options: Any) -> Case:
+    """`options` as the op takes them."""
+    inverse, least = options.get("inverse", False), options.get("min_log_scale", -7.0)
+    options = {"scale_map": "tanh", "factor": 2.0, "min_log_scale": least, "inverse": inverse, **options}
+
+    def make(shape: tuple[int, ...], dtype: torch.dtype, device: str, generator: torch.Generator) -> Inputs:
+        shape = (*shape, 1) if len(shape) == 1 else shape
+        half, s, t = (torch.randn(shape, generator=generator) for _ in range(3))
+        logits, means, log_scales = (
+            torch.randn((shape[0], components * shape[1], *shape[2:]), generator=generator) for _ in range(3)
+        )
+        params = torch.cat([0.25 * s, 0.5 * t, logits, means, 0.25 * log_scales], 1)
+        return {"half": half.to(device, dtype), "params": params.to(device, dtype)}
+
+    def fused(inputs: Inputs) -> Outputs:
+        return functional.mixture_logistic_coupling(
+            inputs["half"], inputs["params"], num_components=components, **options
+        )
+
+    def eager(inputs: Inputs) -> Outputs:
+        half = inputs["half"]
+        params = inputs["params"].unflatten(1, (2 + 3 * components, half.shape[1]))
+        s, t = params[:, 0], params[:, 1]
+        logits, means, log_scales = params[:, 2:].chunk(3, 1)
+        weights, log_scales = F.log_softmax(logits, 1), log_scales.clamp(min=least)
+        log = 2 * torch.tanh(s) if options["scale_map"] == "tanh" else s
+
+        def mixture(x: Tensor) -> tuple[Tensor, Tensor]:
+            u = (x.unsqueeze(1) - means) * torch.exp(-log_scales)
+            below, above = F.logsigmoid(u), F.logsigmoid(-u)
+            log_cdf, log_survival = torch.logsumexp(weights + below, 1), torch.logsumexp(weights + above, 1)
+            log_pdf = torch.logsumexp(weights + below + above - log_scales, 1)
+            return log_cdf - log_survival, log_pdf - log_cdf - log_survival
+
+        if not inverse:
+            logit, slope = mixture(half)
+            return torch.exp(log) * logit + t, (log + slope).flatten(1).sum(1)
+        z = (half - t) * torch.exp(-log)
+        with torch.no_grad():
+            guesses = means + torch.exp(log_scales) * z.unsqueeze(1)
+            lo, hi = guesses.amin(1), guesses.amax(1)
+            for _ in range(24):
+                middle = (lo + hi) / 2
+                above = mixture(middle)[0] > z
+                lo, hi = torch.where(above, lo, middle), torch.where(above, middle, hi)
+        # One step of Newton's method, for the gradient.
+        root = (lo + hi) / 2
+        logit, slope = mixture(root)
+        x = root + (z - logit) * torch.exp(-slope.detach())
+        return x, -(log + mixture(x)[1]).flatten(1).sum(1)
+
+    def exact(inputs: Inputs) -> Outputs:
+        return reference.mixture_logistic_coupling.forward(
+            inputs["half"], inputs["params"], components, *options.values(), False
+        )[:2]
+
+    # What backward keeps stands in for x in the inverse; t has no part in its gradient.
+    kept = 5.0 if inverse else 3.0
+    parameters = 2.0 + 3.0 * components
+    moves = 2.0 + parameters + kept, 2.0 - inverse + 2.0 * parameters + kept
+    name = "x" if inverse else "y"
+    return Case(
+        "mixture_logistic_coupling", setting, make, fused, eager, exact, moves, (name, "logdet"),
+        frozenset({"logdet"}), logdets=frozenset({"logdet"}), cancels=6.0,
+    )  # fmt: skip
+
+
+_ALPHA = 0.05
+
+
+def _uint8_logit(pixel: Tensor, u: Tensor) -> Outputs:
+    """What flows on images have in front: y, and each pixel's part of the log-determinant."""
+    w = _ALPHA + (1 - 2 * _ALPHA) * (pixel.to(u.dtype) + u) / 256
+    log_w, log_rest = torch.log(w), torch.log1p(-w)
+    return log_w - log_rest, math.log(1 - 2 * _ALPHA) - math.log(256) - log_w - log_rest
+
+
+def _dequantize_logit(setting: str) -> Case:
+    """Noise of the seed, a noise that is given, or the way back."""
+
+    def make(shape: tuple[int, ...], dtype: torch.dtype, device: str, generator: torch.Generator) -> Inputs:
+        pixels, u = _pixels(shape, generator), 0.01 + 0.98 * torch.rand(shape, generator=generator)
+        if setting == "":
+            return {"x": pixels.to(device)}
+        if setting == "given":
+            return {"u": u.to(device, dtype), "x": pixels.to(device)}
+        logit = _uint8_logit(pixels, u)[0].to(dtype)
+        # In 16 bits some lie on a border between pixels, where rounding decides.
+        place = (torch.sigmoid(logit.double()) - _ALPHA) / (1 - 2 * _ALPHA) * 256
+        return {"logit": torch.where((place - place.round()).abs() < 1e-3, 0.25, logit).to(device, dtype)}
+
+    def fused(inputs: Inputs) -> Outputs:
+        if "logit" in inputs:
+            return functional.dequantize_logit(inputs["logit"], alpha=_ALPHA, inverse=True)
+        noise = {"u": inputs["u"]} if "u" in inputs else {"seed": SEED}
+        return functional.dequantize_logit(inputs["x"], alpha=_ALPHA, **noise)
+
+    def eager(inputs: Inputs) -> Outputs:
+        if "logit" in inputs:
+            y = inputs["logit"]
+            logdet = math.log(256) - math.log(1 - 2 * _ALPHA) + F.logsigmoid(y) + F.logsigmoid(-y)
+            v = (torch.sigmoid(y) - _ALPHA) / (1 - 2 * _ALPHA)
+            return (256 * v).floor().clamp(0, 255).to(torch.uint8), logdet.flatten(1).sum(1)
+        x = inputs["x"]
+        u = inputs["u"] if "u" in inputs else torch.rand(x.shape, device=x.device)
+        y, logdet = _uint8_logit(x, u)
+        return y, logdet.flatten(1).sum(1)
+
+    def exact(inputs: Inputs) -> Outputs:
+        if "logit" in inputs:
+            logdet, pixels = reference.dequantize_logit.inverse(inputs["logit"], _ALPHA)
+            return pixels.double(), logdet
+        x = inputs["x"]
+        u = inputs["u"] if "u" in inputs else reference.dequantize_logit.noise(x, as_seed(SEED, x.device), 0).double()
+        return reference.dequantize_logit.forward_given(u, x, _ALPHA)
+
+    # In bytes where uint8 comes first, else in elements of the noise or of the logit.
+    moves = {"": (5.0, 0.0), "given": (3.0, 4.0), "inverse": (1.25, 0.0)}[setting]
+    names = ("x" if setting == "inverse" else "y", "logdet")
+    return Case(
+        "dequantize_logit", setting, make, fused, eager, exact, moves, names, frozenset({"logdet"}),
+        noisy=setting == "", comparable=setting != "", differentiable=setting == "given",
+    )  # fmt: skip
+
+
 CASES: tuple[Case, ...] = (
     *_reparameterize(""),
     *_reparameterize("eps"),
@@ -499,6 +686,14 @@ CASES: tuple[Case, ...] = (
     _reverse_step("learned", variance="learned_range"),
     _reverse_step("flow-noise", "rectified_flow", objective="flow", eta=0.5, variance="fixed_large", given=True),
     _reverse_step("log_prob", "edm", objective="edm", variance="learned_range", log_prob=True),
+    _dequantize_logit(""),
+    _dequantize_logit("given"),
+    _dequantize_logit("inverse"),
+    _affine_coupling(""),
+    _affine_coupling("normflows", scale_map="sigmoid", layout="interleaved", order="shift_first", reciprocal=True),
+    _affine_coupling("atan-inside-inverse", scale_map="atan", shift_inside=True, inverse=True),
+    mixture_logistic_coupling("", 2),
+    mixture_logistic_coupling("exp-inverse", 2, scale_map="exp", min_log_scale=-0.25, inverse=True),
 )
 
 

@@ -25,6 +25,7 @@ from genfast._files import replacing
 from genfast.bench import cli as bench
 from genfast.models import registry
 from genfast.models.diffusion import DDPM, Variance
+from genfast.models.flow_presets import Dequantization, Memory
 from genfast.run import CHECKPOINTS, TENSORBOARD, RunFolder, check_out, make_folder, read_settings
 from genfast.training import loop
 from genfast.training.progress import counting, digits
@@ -107,15 +108,19 @@ def train(
     ] = None,
     micro_batches: Annotated[int, typer.Option(min=1, help="Split each batch; the gradients add up.")] = 1,
     lr: Annotated[float, typer.Option(help=_default("lr", "Learning rate of Adam."))] = 1e-3,
-    lr_schedule: Annotated[str, typer.Option(help="constant; cosine or linear down to 0.")] = "constant",
-    warmup_steps: Annotated[int, typer.Option(min=0, help="Steps in which the learning rate rises.")] = 0,
-    grad_clip: Annotated[float | None, typer.Option(help="Largest norm of the gradients.")] = None,
+    lr_schedule: Annotated[str, typer.Option(help=_default("lr_schedule", "constant; cosine or linear down to 0."))] = "constant",
+    warmup_steps: Annotated[
+        int, typer.Option(min=0, help=_default("warmup_steps", "Steps in which the learning rate rises."))
+    ] = 0,
+    grad_clip: Annotated[
+        float | None, typer.Option(help=_default("grad_clip", "Largest norm of the gradients."))
+    ] = None,
     ema_decay: Annotated[
         float | None, typer.Option(help=_default("ema_decay", "Average the weights, as 0.999; sample from that."))
     ] = None,
     latent_dim: Annotated[int | None, typer.Option(min=1, help="Size of the latent code.")] = None,
     preset: Annotated[
-        str | None, typer.Option(help=_default("preset", "Networks: mlp or conv; of ddpm tiny, small or base."))
+        str | None, typer.Option(help=_default("preset", "Networks: mlp or conv; else tiny, small or base."))
     ] = None,
     likelihood: Annotated[str | None, typer.Option(help="bernoulli or gaussian.")] = None,
     beta: Annotated[float | None, typer.Option(help="Weight of the KL term in training.")] = None,
@@ -139,6 +144,16 @@ def train(
     variance: Annotated[
         str | None, typer.Option(help=f"Of the steps back: {', '.join(_names(get_args(Variance)))}.")
     ] = None,
+    arch: Annotated[
+        str | None,
+        typer.Option(help=_default("arch", f"Kind of flow: {', '.join(registry.get_family('flow').archs)}.")),
+    ] = None,
+    dequantization: Annotated[
+        str | None, typer.Option(help="Of flows: uniform, or variational: learned, as is the default of flowpp.")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Of flows: ordinary; checkpoint, or reversible: activations are computed again.")
+    ] = None,
     fused: Annotated[bool | None, typer.Option(help="Fused ops, or the ordinary PyTorch chain.")] = None,
     seed: Annotated[int, typer.Option(callback=_seed, help="Of initial weights, order and noise.")] = 0,
     device: Device = "auto",
@@ -149,7 +164,9 @@ def train(
     channels_last: Annotated[bool, typer.Option("--channels-last", help="Memory format of convolutions.")] = False,
     time: Annotated[float | None, typer.Option(help="Stop after so many seconds.")] = None,
     patience: Annotated[int | None, typer.Option(min=1, help="Stop after evaluations without a better loss.")] = None,
-    evaluate_every: Annotated[int | None, typer.Option(min=1, help="Epochs; default: what costs below 5%.")] = None,
+    evaluate_every: Annotated[
+        int | None, typer.Option(min=1, help=_default("evaluate_every", "Epochs; default: what costs below 5%."))
+    ] = None,
     checkpoint_every: Annotated[int | None, typer.Option(min=1, help="Steps; default: at a cost below 2%.")] = None,
     keep: Annotated[int, typer.Option(min=1, help="How many checkpoints are kept.")] = 2,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write scalars and samples for it.")] = False,
@@ -189,7 +206,7 @@ _NOT_TAKEN_OVER = {"device", "time", "out", "resume", "overwrite"}
 # Those that not every family has.
 _MODEL_OPTIONS = (
     "latent_dim", "preset", "likelihood", "fused", "beta", "free_bits", "schedule", "num_steps", "objective",
-    "weighting", "gamma", "variance",
+    "weighting", "gamma", "variance", "arch", "dequantization", "memory",
 )  # fmt: skip
 # Those whose values are names, with hyphens here and underscores in Python.
 _NAMED = ("schedule", "weighting", "variance")
@@ -198,7 +215,8 @@ _CHOICES = {
     "lr_schedule": get_args(loop.Schedule), "mode": get_args(Mode), "amp": tuple(filter(None, _AMP)),
     "matmul_precision": get_args(loop.Precision), "schedule": _names(schedules.NAMES),
     "objective": schedules.OBJECTIVES, "weighting": _names(schedules.WEIGHTINGS),
-    "variance": _names(get_args(Variance)),
+    "variance": _names(get_args(Variance)), "arch": tuple(registry.get_family("flow").archs),
+    "dequantization": get_args(Dequantization), "memory": get_args(Memory),
 }  # fmt: skip
 
 
@@ -390,6 +408,9 @@ def sample(
         int | None, typer.Option(min=1, help="Of ddpm: how many steps. Default: 50; with --sampler ddpm all.")
     ] = None,
     eta: Annotated[float | None, typer.Option(help="Of ddpm: the noise of ddim and euler, 0 (none) to 1.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Of flows: standard deviation of the latent codes. Default: 1.")
+    ] = None,
     seed: Annotated[int, typer.Option(callback=_seed, help="Image i depends on the seed and i alone.")] = 0,
     video: Annotated[bool, typer.Option("--video", help="Of ddpm: how they come about: mp4, gif and png.")] = False,
     device: Device = "auto",
@@ -401,7 +422,7 @@ def sample(
     path = out or run / f"samples-{seed}.png"
     if path.suffix.lower() != ".png":
         raise ValueError(f"--out: expected a name that ends in .png, got {path}")
-    options = {"mode": mode, "sampler": sampler, "steps": steps, "eta": eta}
+    options = {"mode": mode, "sampler": sampler, "steps": steps, "eta": eta, "temperature": temperature}
     options = {name: value for name, value in options.items() if value is not None}
     for name in (*options, *(["video"] if video else [])):
         if ("trajectory" if name == "video" else name) not in inspect.signature(model.sample).parameters:
@@ -454,12 +475,12 @@ def evaluate(
     """Score the test set, the run's own by default.
 
     VAE: ELBO and importance-weighted log-likelihood, in nats per image. Diffusion: loss, and the variational bound on
-    the negative log-likelihood, in bits per dimension.
+    the negative log-likelihood, in bits per dimension. Flows: those bits, and the error of the inverse.
     """
     where = _device(device)
     model = _load(run).to(where).eval()
     for name, method, value in (("k", "log_prob", k), ("steps", "bits_per_dim", steps)):
-        if value is not None and not hasattr(model, method):
+        if value is not None and not _takes(model, method, name):
             raise ValueError(f"--{name} is not an option of the family {_family(model)}")
     k = 500 if k is None else k
     settings = read_settings(run)
@@ -473,7 +494,7 @@ def evaluate(
     test_data = training.DeviceDataset(splits.test[:limit], where, binarize)
     result: dict[str, Any] = {"data": splits.name, "binarize": binarize, "images": len(test_data), "seed": seed}
     result |= training.evaluate(model, test_data, batch_size=batch_size, seed=seed)
-    if k and hasattr(model, "log_prob"):
+    if k and _takes(model, "log_prob", "k"):
         result |= {"k": k, **_log_likelihood(model, test_data, k, batch_size, seed)}
     if hasattr(model, "bits_per_dim"):
         result |= _bits_per_dim(model, test_data, steps, batch_size, seed)
@@ -539,7 +560,11 @@ def _version(package: str) -> str:
 
 
 def _family(model: torch.nn.Module) -> str:
-    return next(family.name for family in registry.FAMILIES.values() if family.model is type(model))
+    return next(family.name for family in registry.FAMILIES.values() if type(model) in family.classes)
+
+
+def _takes(model: torch.nn.Module, method: str, argument: str) -> bool:
+    return hasattr(model, method) and argument in inspect.signature(getattr(model, method)).parameters
 
 
 def _load(run: Path) -> torch.nn.Module:
@@ -568,9 +593,14 @@ def _log_likelihood(
 def _bits_per_dim(
     model: torch.nn.Module, data: training.DeviceDataset, steps: int | None, batch_size: int, seed: int
 ) -> dict[str, float]:
-    """Mean over the images of the bound on -log2 p(x) per dimension, and its standard error if they are several."""
+    """Mean over the images of -log2 p(x) per dimension, or a bound, and its standard error if they are several."""
     seed = training.evaluation_seed(seed)
     noise_seed = random.as_seed(seed, data.device)
+    if not _takes(model, "bits_per_dim", "steps"):
+        pieces = data.batches(batch_size, seed=seed, shuffle=False)
+        with torch.no_grad():
+            values = [model.bits_per_dim(x, seed=noise_seed, row_offset=int(rows[0])) for x, rows in pieces]
+        return _mean("bits_per_dim", values)
     count = len(model.schedule.timesteps(steps)) - 1
     what = f"bounding the bits per dimension of {len(data):,} images in {count:,} steps (--limit, --steps)"
     values: list[Tensor] = []

@@ -55,6 +55,11 @@ class Launch:
         """Elements of one tile."""
         return self.constexprs.get("R", 1) * self.constexprs["C"]
 
+    @property
+    def rounds(self) -> int:
+        """How often its innermost loops go round: once for each component of a mixture."""
+        return self.constexprs.get("K", 1)
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -85,6 +90,18 @@ class Code:
     opcodes: list[str]
     loops: list[slice]
     registers: int
+
+    def repeated(self, rounds: int) -> Code:
+        """The same with every innermost loop gone round `rounds` times; the loops themselves are left out.
+
+        Example:
+            >>> Code(["LDG.E", "FADD", "BRA", "EXIT"], [slice(1, 3)], 8).repeated(2).opcodes
+            ['LDG.E', 'FADD', 'BRA', 'EXIT', 'FADD', 'BRA']
+        """
+        starts = [loop.start for loop in self.loops]
+        inner = [loop for loop in self.loops if not any(loop.start < start < loop.stop for start in starts)]
+        bodies = [opcode for loop in inner for opcode in self.opcodes[loop]]
+        return Code(self.opcodes + bodies * (rounds - 1), [], self.registers)
 
     @property
     def spills(self) -> int:
@@ -125,10 +142,13 @@ def every_launch(dtype: torch.dtype, shape: tuple[int, ...] = (8192, 4096)) -> d
     """Every kernel of the library as it is launched for tensors of `shape` and `dtype`; a name begins with its op's."""
     from genfast.kernels import (
         _rescale,
+        affine_coupling,
         bernoulli_nll,
         denoising_loss,
+        dequantize_logit,
         forward_noising,
         kl_normal,
+        mixture_logistic_coupling,
         philox,
         reparameterize_kl,
         reparameterize_kl_packed,
@@ -138,6 +158,7 @@ def every_launch(dtype: torch.dtype, shape: tuple[int, ...] = (8192, 4096)) -> d
     x = torch.empty(shape, dtype=dtype, device="meta")
     h = torch.empty(shape[0], 2 * shape[1], *shape[2:], dtype=dtype, device="meta")
     pixels = torch.empty(shape, dtype=torch.uint8, device="meta")
+    single = torch.empty(shape, device="meta")
     seed = torch.empty(1, dtype=torch.int64, device="meta")
     rows = torch.empty(shape[0], device="meta")
     plain, free = (0, 0.0, None), (0, 0.25, [-1.0, 1.0])
@@ -150,8 +171,16 @@ def every_launch(dtype: torch.dtype, shape: tuple[int, ...] = (8192, 4096)) -> d
     def step(eta: float = 1.0, clip: float | None = None, variance: str = "fixed_small") -> tuple:
         return 0, "epsilon", 1.0, eta, clip, variance, True
 
+    def coupling(scale_map: str = "tanh", least: float = 0.0, board: bool = True, inverse: bool = False) -> tuple:
+        return scale_map, 2.0, least, False, False, False, False, *[-1] * board, inverse
+
     learned = step(1.0, 1.0, "learned_range")
     size = dtype.itemsize
+    mixed, mixture = 2 + 3 * 32, (32, "tanh", 2.0, -7.0)
+
+    def parts(count: int, of: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape[0], count * shape[1], *shape[2:], dtype=of, device="meta")
+
     # The call, its scalar accesses, its bytes.
     calls = {
         "reparameterize_kl": (lambda: reparameterize_kl.forward(x, x, seed, None, *plain), 2, 3 * size),
@@ -218,8 +247,43 @@ def every_launch(dtype: torch.dtype, shape: tuple[int, ...] = (8192, 4096)) -> d
         "reverse_step backward, density of a given x_prev": (
             lambda: reverse_step.backward(x, x, *times, None, None, x, *step(), None, rows), 11, 5 * size,
         ),
+        "dequantize_logit, given noise": (lambda: dequantize_logit.forward_given(x, pixels, 0.05), 1, size + 5),
+        "dequantize_logit backward, given noise": (
+            lambda: dequantize_logit.backward_given(x, pixels, 0.05, single, rows), 1, 2 * size + 5,
+        ),
+        "dequantize_logit inverse": (lambda: dequantize_logit.inverse(x, 0.05), 1, size + 1),
+        "affine_coupling": (lambda: affine_coupling.forward(x, h, None, *coupling()), 1, 4 * size),
+        "affine_coupling, inverse": (lambda: affine_coupling.forward(x, h, None, *coupling(inverse=True)), 1, 4 * size),
+        "affine_coupling, sigmoid": (
+            lambda: affine_coupling.forward(x, h, None, *coupling("sigmoid", 1e-3)), 1, 4 * size,
+        ),
+        "affine_coupling backward": (
+            lambda: affine_coupling.backward(x, h, None, *coupling(), x, rows), 1, 6 * size,
+        ),
+        "affine_coupling backward, atan": (
+            lambda: affine_coupling.backward(x, h, None, *coupling("atan"), x, rows), 1, 6 * size,
+        ),
+        "affine_coupling backward, from the output": (
+            lambda: affine_coupling.backward_from_output(x, h, None, *coupling(board=False), x, rows), 1, 8 * size,
+        ),
+        "mixture_logistic_coupling, 32 components": (
+            lambda: mixture_logistic_coupling.forward(x, parts(mixed), *mixture, False, True),
+            1, (2 + mixed) * size + 12,
+        ),
+        # The bracket, one step of Newton's method, and the log-determinant.
+        "mixture_logistic_coupling inverse, 32 components": (
+            lambda: mixture_logistic_coupling.forward(x, parts(mixed), *mixture, True, False), 1, (4 + 9 * 32) * size,
+        ),
+        "mixture_logistic_coupling backward, 32 components": (
+            lambda: mixture_logistic_coupling.backward(
+                x, parts(mixed), parts(3, torch.float32), *mixture, False, x, rows
+            ),
+            1, (2 + 2 * mixed) * size + 12,
+        ),
     }  # fmt: skip
     if dtype == torch.float32:
+        # From uint8 to fp32, whatever the model computes in.
+        calls["dequantize_logit"] = (lambda: dequantize_logit.forward(pixels, seed, 0, 0.05), 2, 5)
         for kind in ("normal", "uniform"):
             fill = getattr(philox, f"fill_{kind}")
             calls[f"philox {kind}"] = (lambda fill=fill: fill(seed, shape[0], shape[1], 1, 0, seed), 2, size)
@@ -311,10 +375,12 @@ def _executed(sass: str) -> tuple[list[str], list[slice]]:
         if opcode != "NOP":
             path.append(opcode)
         depth += (base == "BSSY") - (base == "BSYNC")
-        if base in ("EXIT", "BRA") and not predicate:
+        goal = int(re.search(r"0x([0-9a-f]+)", operands)[1], 16) if base == "BRA" else None
+        # A branch may have its predicate as an operand; one back without any follows the call that leaves the loop.
+        always = not predicate and not operands.startswith(("UP", "!UP"))
+        if always and (base == "EXIT" or (base == "BRA" and (goal >= address or goal not in passed))):
             break
         if base == "BRA":
-            goal = int(re.search(r"0x([0-9a-f]+)", operands)[1], 16)
             if goal > address and depth > 0:
                 index = at[goal]
                 continue
@@ -346,7 +412,7 @@ def cost(launch: Launch, target: str = "sm_90") -> Cost:
     compiled, printed = compile_launch(launch, target)
     if printed:
         raise RuntimeError(f"{launch.name} on {target}: the compiler printed: {printed}")
-    code = disassemble(compiled)
+    code = disassemble(compiled).repeated(launch.rounds)
     return Cost(
         instructions=len(code.opcodes) * 32 * WARPS / launch.elements,
         registers=code.registers,

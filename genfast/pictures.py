@@ -12,6 +12,7 @@ from torch import Tensor
 from genfast import report
 from genfast.models.base import LatentImageModel, Model
 from genfast.models.diffusion import DDPM
+from genfast.models.flow_presets import FlowPreset
 from genfast.training.progress import counting
 
 __all__ = ["draw", "save_paths", "save_pictures"]
@@ -64,6 +65,13 @@ def _(model: DDPM, images: Tensor, folder: Path, seed: int) -> None:
     frames = draw(model, _SAMPLES, seed=seed, paths=True, **options)
     report.save_grid(frames[-1], folder / "samples.png")
     save_paths(frames, model.schedule.timesteps(options["steps"]), folder / "reverse.png")
+
+
+@save_pictures.register
+def _(model: FlowPreset, images: Tensor, folder: Path, seed: int) -> None:
+    report.save_grid(model.sample(_SAMPLES, seed=seed), folder / "samples.png")
+    paths = model.interpolate(images[:10], images[:10].roll(-1, 0), seed=seed)
+    report.save_grid(paths.flatten(0, 1), folder / "interpolation.png", columns=paths.shape[1])
 
 
 def draw(

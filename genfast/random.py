@@ -265,9 +265,9 @@ def box_muller(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     return radius * torch.cos(theta), radius * torch.sin(theta)
 
 
-def unit(word: Tensor) -> Tensor:
-    """A uniform fp32 strictly between 0 and 1 from a 32-bit word (int64)."""
-    return (word >> 9).to(torch.float32) * 2.0**-23 + 2.0**-24
+def unit(word: Tensor, bits: int = 23) -> Tensor:
+    """A uniform fp32 strictly between 0 and 1 from the upper bits of a 32-bit word (int64)."""
+    return (word >> 32 - bits).to(torch.float32) * 2.0**-bits + 2.0 ** -(bits + 1)
 
 
 def _check_block(rows: int, cols: int, stream: int, row_offset: int, salt: int | Tensor, col_offset: int) -> None:
@@ -344,26 +344,34 @@ def uniform(
     row_offset: int = 0,
     salt: int | Tensor = 0,
     col_offset: int = 0,
+    bits: int = 23,
 ) -> Tensor:
-    """Uniform noise strictly between 0 and 1: ``((bits >> 9) + 0.5) * 2^-23``, exact in fp32 on every device.
+    """Uniform noise strictly between 0 and 1: ``((word >> (32 - bits)) + 0.5) * 2^-bits``, exact on every device.
 
-    Arguments, shape and errors as for `normal`.
+    Args:
+        bits: how fine it is, from 1 to 23. With 15 a pixel plus its noise is exact in fp32 too.
+
+    The other arguments, shape and errors are those of `normal`.
 
     Example:
         >>> u = uniform(7, 2, 1000, Stream.PIXEL)
         >>> bool(((u > 0) & (u < 1)).all())
         True
+        >>> uniform(7, 1, 1000, Stream.DEQUANTIZE, bits=1).unique()
+        tensor([0.2500, 0.7500])
     """
     stream = int(stream)
     _check_block(rows, cols, stream, row_offset, salt, col_offset)
+    if not 1 <= bits <= 23:
+        raise ValueError(f"bits: expected an int from 1 to 23, got {bits}")
     seed = as_seed(seed)
     if _has_kernel(seed):
         from genfast.kernels import philox
 
-        return philox.fill_uniform(seed, rows, cols, stream, row_offset, salt, col_offset)
+        return philox.fill_uniform(seed, rows, cols, stream, row_offset, salt, col_offset, bits=bits)
     first, skip = divmod(col_offset, 4)
     words = _bits(seed, rows, first, -(-(skip + cols) // 4), stream, row_offset, salt)
-    return unit(_lanes(words, skip, cols))
+    return unit(_lanes(words, skip, cols), bits)
 
 
 def integers(

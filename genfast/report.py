@@ -266,7 +266,7 @@ def _as_uint8(images: Tensor) -> Tensor:
 
 
 def save_curves(history: Sequence[dict[str, float]], path: str | os.PathLike[str], title: str = "") -> None:
-    """Plot the negative ELBO and its two terms over the epochs, or the loss of models without a KL; train and test.
+    """Plot the negative ELBO and its two terms over the epochs, else bits per dimension, else the loss; train and test.
 
     Args:
         history: as `genfast.fit` returns it.
@@ -291,6 +291,8 @@ def save_curves(history: Sequence[dict[str, float]], path: str | os.PathLike[str
     if "kl" in history[0]:
         # The sum, not the loss: beta and free bits are in the loss of training, and not in that of the test.
         panels = {"negative ELBO": ("nll", "kl"), "reconstruction": ("nll",), "KL": ("kl",)}
+    if "bits_per_dim" in history[0]:
+        panels = {"bits per dimension": ("bits_per_dim",)}
     # A loss without a likelihood in it has a unit of its own.
     unit = "nats per image" if "nll" in history[0] else ""
     figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")

@@ -179,12 +179,12 @@ def _flat(x: Layout) -> int | None:
 
 
 def _is_direct(x: Layout, by_channel: bool) -> bool:
-    # Steps between columns that are neither contiguous, nor broadcast, nor channels_last would read one cache line an
+    # Steps between columns that are neither 1 nor 2, nor broadcast, nor channels_last would read one cache line an
     # element: copying once is cheaper.
     if not by_channel:
-        return _flat(x) in (0, 1)
+        return _flat(x) in (0, 1, 2)
     split = _split(x)
-    return split is not None and (split[2] in (0, 1) or split[1] == 1)
+    return split is not None and (split[2] in (0, 1, 2) or split[1] in (1, 2))
 
 
 def block(cols: int, size: int = TILE) -> int:

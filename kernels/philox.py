@@ -67,6 +67,32 @@ def interleave(e0, e1, e2, e3, R: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
+def tile_words(
+    seed, row, chunk, units, row_offset, salt, STREAM: tl.constexpr,
+    CHANNELS: tl.constexpr, VEC: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+):
+    """The lanes of raw uint32 words, [R, C / 4] each, of a tile of `genfast.kernels.launch` of data with 8 bits."""
+    if CHANNELS == 1:
+        sample = row
+        first = chunk * (C // 4)
+    else:
+        sample = row // CHANNELS
+        first = chunk * (C // 4) + (row % CHANNELS) * (units * VEC // 4)
+    if C >= 16:
+        # A thread reads 16 neighbours of 8 bits at once: make four Philox groups in it.
+        group = first + (tl.arange(0, C // 16) * 4)[None, :]
+        a0, a1, a2, a3 = philox4x32(seed, group, sample + row_offset, salt, STREAM)
+        b0, b1, b2, b3 = philox4x32(seed, group + 1, sample + row_offset, salt, STREAM)
+        c0, c1, c2, c3 = philox4x32(seed, group + 2, sample + row_offset, salt, STREAM)
+        d0, d1, d2, d3 = philox4x32(seed, group + 3, sample + row_offset, salt, STREAM)
+        w0, w1 = interleave(a0, b0, c0, d0, R, C // 4), interleave(a1, b1, c1, d1, R, C // 4)
+        w2, w3 = interleave(a2, b2, c2, d2, R, C // 4), interleave(a3, b3, c3, d3, R, C // 4)
+    else:
+        w0, w1, w2, w3 = philox4x32(seed, first + tl.arange(0, C // 4)[None, :], sample + row_offset, salt, STREAM)
+    return w0, w1, w2, w3
+
+
+@triton.jit
 def tile_normal(
     seed, row, chunk, units, row_offset, salt, STREAM: tl.constexpr, HALF: tl.constexpr,
     CHANNELS: tl.constexpr, VEC: tl.constexpr, R: tl.constexpr, C: tl.constexpr, FAST: tl.constexpr,
@@ -93,8 +119,8 @@ def tile_normal(
 @triton.jit
 def _fill(
     out, seed, rows, cols, row_offset, salt, col_offset,
-    STREAM: tl.constexpr, KIND: tl.constexpr, SALTS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
-    FAST: tl.constexpr,
+    STREAM: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, SALTS: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, FAST: tl.constexpr,
 ):
     chunks = (col_offset % 4 + cols + C - 1) // C
     program = tl.program_id(0)
@@ -109,12 +135,13 @@ def _fill(
         w0, w1, w2, w3 = philox4x32(tl.load(seed), group, row + row_offset, salted, STREAM)
         value = interleave(w0, w1, w2, w3, R, C).to(tl.int64)
         if KIND == "uniform":
-            value = (value >> 9).to(tl.float32) * 1.1920928955078125e-07 + 5.9604644775390625e-08
+            step: tl.constexpr = 1.0 / (1 << BITS)
+            value = (value >> (32 - BITS)).to(tl.float32) * step + step / 2
     col = (chunk * C + tl.arange(0, C))[None, :] - col_offset % 4
     tl.store(out + row * cols + col, value, mask=(row < rows) & (col >= 0) & (col < cols))
 
 
-def _fill_block(kind: str, seed, rows, cols, stream, row_offset, salt, col_offset, block_cols=None) -> Tensor:
+def _fill_block(kind: str, seed, rows, cols, stream, row_offset, salt, col_offset, block_cols, bits=0) -> Tensor:
     out = torch.empty(rows, cols, dtype=torch.int64 if kind == "bits" else torch.float32, device=seed.device)
     salt = salt if isinstance(salt, Tensor) else torch.full((1,), salt, dtype=torch.int64, device=seed.device)
     salts = salt.numel() > 1
@@ -125,7 +152,7 @@ def _fill_block(kind: str, seed, rows, cols, stream, row_offset, salt, col_offse
     grid = -(-rows // block_rows) * -(-span // block_cols) if cols else 0
     launch(
         _fill, grid, out, seed, rows, cols, row_offset, salt, col_offset,
-        STREAM=stream, KIND=kind, SALTS=salts, R=block_rows, C=block_cols,
+        STREAM=stream, KIND=kind, BITS=bits, SALTS=salts, R=block_rows, C=block_cols,
     )
     return out
 
@@ -135,9 +162,9 @@ def fill_normal(seed, rows, cols, stream, row_offset=0, salt=0, col_offset=0, bl
     return _fill_block("normal", seed, rows, cols, stream, row_offset, salt, col_offset, block_cols)
 
 
-def fill_uniform(seed, rows, cols, stream, row_offset=0, salt=0, col_offset=0, block_cols=None) -> Tensor:
+def fill_uniform(seed, rows, cols, stream, row_offset=0, salt=0, col_offset=0, block_cols=None, bits=23) -> Tensor:
     """`genfast.random.uniform` as one launch: fp32 [rows, cols]."""
-    return _fill_block("uniform", seed, rows, cols, stream, row_offset, salt, col_offset, block_cols)
+    return _fill_block("uniform", seed, rows, cols, stream, row_offset, salt, col_offset, block_cols, bits)
 
 
 def fill_bits(seed, rows, cols, stream, row_offset=0, salt=0, col_offset=0, block_cols=None) -> Tensor:

@@ -39,6 +39,15 @@ def test_the_script_of_diffusers_trains_with_either_loss():
         assert "16 samples between" in printed
 
 
+def test_a_flow_learns_two_moons(tmp_path):
+    printed = _run("two_moons.py", "--steps", "60", "--out", str(tmp_path / "moons.png"))
+    # What a Gaussian of the same mean and covariance gets is about 1.9 nats.
+    nats, error = re.search(r"test: ([\d.]+) nats; the inverse is off by at most (\S+)", printed).groups()
+    assert float(nats) < 1.8
+    assert float(error) < 1e-3
+    assert (tmp_path / "moons.png").stat().st_size > 10_000
+
+
 def test_micro_batches_give_the_gradient_of_the_whole_batch():
     printed = _run("own_network.py", "--steps", "60")
     assert float(re.search(r"difference (\S+)", printed)[1]) < 1e-5

@@ -37,6 +37,8 @@ def test_same_noise_as_torch(block, block_cols):
     here = seed.to(DEVICE)
     assert torch.equal(philox.fill_bits(here, *arguments, block_cols).cpu(), _torch_words(seed, *arguments))
     assert torch.equal(philox.fill_uniform(here, *arguments, block_cols).cpu(), random.uniform(seed, *arguments))
+    coarse = philox.fill_uniform(here, *arguments, block_cols, bits=15).cpu()
+    assert torch.equal(coarse, random.uniform(seed, *arguments, bits=15))
     tolerance = TOLERANCES["interpreted" if INTERPRETED else "triton"][torch.float32]
     noise = philox.fill_normal(here, *arguments, block_cols).cpu()
     assert tolerance.excess(noise, random.normal(seed, *arguments)) <= 1

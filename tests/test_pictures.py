@@ -7,7 +7,7 @@ from PIL import Image
 from torch import nn
 
 from genfast import pictures
-from genfast.models import DDPM, VAE, Model
+from genfast.models import DDPM, VAE, Model, RealNVP
 from genfast.pictures import draw, save_paths, save_pictures
 
 IMAGES = torch.randint(0, 256, (5, 1, 8, 8), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
@@ -44,6 +44,7 @@ def test_every_family_has_its_own(tmp_path, capsys):
         VAE(latent_dim=2, hidden_dims=(4,), image_shape=(1, 8, 8)): {"samples", "reconstructions", "manifold"},
         VAE(latent_dim=3, hidden_dims=(4,), image_shape=(1, 8, 8)): {"samples", "reconstructions", "interpolation"},
         DDPM(preset="tiny", num_steps=3, image_shape=(1, 8, 8)): {"samples", "forward", "reverse"},
+        RealNVP(preset="tiny", image_shape=(1, 8, 8)): {"samples", "interpolation"},
     }
     for index, (model, names) in enumerate(expected.items()):
         folder = tmp_path / str(index)

@@ -146,6 +146,20 @@ def test_salts_must_match_the_rows():
         normal(SEED, 2, 3, 1, salt=torch.rand(2))
 
 
+@pytest.mark.parametrize("bits", [1, 15, 23])
+def test_uniforms_of_fewer_bits(bits, device):
+    """((word >> (32 - bits)) + 0.5) 2^-bits of the words that the counter gives; eager and traced."""
+    seed, value = SEED.to(device), int(SEED) & (2**64 - 1)
+    got = uniform(seed, 3, 6, 4, 2**33, 9, 5, bits=bits)
+    for i, j in ((0, 5), (1, 7), (2, 10)):
+        words = philox4x32(_tensors(value & MASK, value >> 32), _tensors(j // 4, i, 2, 4 | 9 << 8))
+        assert got[i, j - 5].item() == ((int(words[j % 4]) >> 32 - bits) + 0.5) * 2.0**-bits
+    compiled = torch.compile(lambda s: uniform(s, 3, 6, 4, 2**33, 9, 5, bits), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(seed), got)
+    with pytest.raises(ValueError, match="bits: expected an int from 1 to 23, got 24"):
+        uniform(seed, 3, 6, 4, bits=24)
+
+
 @pytest.mark.parametrize("high", [1, 2, 1000, 2**24, 2**31 - 1, 2**31])
 def test_integers_are_scaled_words(high, device):
     """(bits * high) >> 32, of the words that the counter gives; eager, traced, and in any window."""

@@ -62,7 +62,7 @@ def explain_path(device: torch.device | str | None = None) -> dict[str, tuple[st
         ('reference', 'cpu device')
     """
     device = torch.device(device) if device is not None else torch.get_default_device()
-    parts = ("_backward", "_rescale", "_with_grad")
+    parts = ("_backward", "_rescale", "_with_grad", "_given", "_inverse")
     return {name: path(device) for name in sorted(_OPS) if not name.endswith(parts)}
 
 

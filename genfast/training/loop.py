@@ -520,6 +520,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Means over `data` of the parts of ``model.loss`` at its default options (beta = 1, no free bits), in nats.
 
+    A model with a method ``evaluation(x, *, seed, row_offset)``, as flows have it, is asked that instead.
+
     Under torch.distributed every process calls it, each takes its rows of every batch, and all get the result.
 
     Args:
@@ -555,6 +557,8 @@ def evaluation_seed(seed: int) -> int:
 def _evaluate(model: nn.Module, batches: ImageBatches, seed: int) -> dict[str, float]:
     seed = evaluation_seed(seed)
     noise_seed = random.as_seed(seed, batches.device)
+    # Of a sharded model its loss alone gathers the weights.
+    measured = model.loss if distributed.is_sharded(model) else getattr(model, "evaluation", model.loss)
     names: list[str] = []
     sums = torch.zeros(0, dtype=torch.float64, device=batches.device)
     with evaluating(model):
@@ -564,7 +568,7 @@ def _evaluate(model: nn.Module, batches: ImageBatches, seed: int) -> dict[str, f
                     # The other processes wait for this one's part of the weights.
                     model.loss(batch.new_zeros(1, *batch.shape[1:]), seed=noise_seed)
                 continue
-            values = model.loss(batch, seed=noise_seed, row_offset=first)
+            values = measured(batch, seed=noise_seed, row_offset=first)
             row = torch.stack([value.to(sums.device, torch.float64) for value in values.values()] + [sums.new_ones(())])
             names, sums = list(values), row * len(batch) + (sums if names else 0.0)
     # Rank 0 has the first rows; others may have none.

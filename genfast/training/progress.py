@@ -15,7 +15,7 @@ __all__ = ["Progress", "counting", "describe", "digits"]
 _REFRESH_SECONDS = 0.25
 # Between the lines about one long computation, where there is no terminal.
 _LINE_SECONDS = 30.0
-_SHOWN = ("loss", "nll", "kl")
+_SHOWN = ("loss", "nll", "kl", "bits_per_dim")
 
 
 def describe(row: dict[str, float], epochs: int) -> str:
@@ -27,11 +27,17 @@ def describe(row: dict[str, float], epochs: int) -> str:
         'epoch  2/10  loss 110.25  nll 90.00  kl 20.25  test loss 108.00  9,984 images/s'
     """
     words = [f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}"]
-    words += [f"{name} {digits(row[name])}" for name in _SHOWN if name in row]
-    test = "test_elbo" if "test_elbo" in row else "test_loss"
-    if test in row:
-        words.append(f"{test.replace('_', ' ')} {digits(row[test])}")
+    words += [_word(name, row[name]) for name in _SHOWN if name in row]
+    tests = ("test_bits_per_dim", "test_elbo", "test_loss")
+    test = next((name for name in tests if name in row), None)
+    if test is not None:
+        words.append(_word(test, row[test]))
     return "  ".join([*words, f"{row['images_per_second']:,.0f} images/s"])
+
+
+def _word(name: str, value: float) -> str:
+    # Bits per dimension differ by hundredths.
+    return f"{name.replace('_', ' ')} {digits(value, 3 if name.endswith('bits_per_dim') else 2)}"
 
 
 def digits(value: float, decimals: int = 2) -> str:
@@ -84,7 +90,7 @@ class Progress:
         self.bar.advance(self.task)
         now = time.perf_counter()
         if now - self.refreshed >= _REFRESH_SECONDS:
-            shown = [f"{name} {digits(float(values[name]))}" for name in _SHOWN if name in values]
+            shown = [_word(name, float(values[name])) for name in _SHOWN if name in values]
             rate = f"{self.images / (now - self.started):,.0f} images/s"
             self.bar.update(self.task, values="  ".join([*shown, rate]))
             self.refreshed = now
