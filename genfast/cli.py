@@ -108,7 +108,9 @@ def train(
     ] = None,
     micro_batches: Annotated[int, typer.Option(min=1, help="Split each batch; the gradients add up.")] = 1,
     lr: Annotated[float, typer.Option(help=_default("lr", "Learning rate of Adam."))] = 1e-3,
-    lr_schedule: Annotated[str, typer.Option(help=_default("lr_schedule", "constant; cosine or linear down to 0."))] = "constant",
+    lr_schedule: Annotated[
+        str, typer.Option(help=_default("lr_schedule", "constant; cosine or linear down to 0."))
+    ] = "constant",
     warmup_steps: Annotated[
         int, typer.Option(min=0, help=_default("warmup_steps", "Steps in which the learning rate rises."))
     ] = 0,

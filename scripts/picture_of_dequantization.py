@@ -1,8 +1,9 @@
 """Draw docs/flow-dequantization.png: bits per dimension over the epochs of two runs of `genfast train flow`.
 
-    genfast train flow --image-size 14 --batch-size 64 --lr 2e-3 --epochs 30 --dequantization uniform --out runs/uniform
-    genfast train flow --image-size 14 --batch-size 64 --lr 2e-3 --epochs 30 --dequantization variational --out runs/variational
-    python scripts/picture_of_dequantization.py runs/uniform runs/variational
+    for noise in uniform variational; do
+        genfast train flow --dequantization $noise --image-size 14 --batch-size 64 --lr 2e-3 --epochs 30 --out $noise
+    done
+    python scripts/picture_of_dequantization.py uniform variational
 """
 
 from __future__ import annotations

@@ -396,9 +396,7 @@ class FlowPlusPlus(FlowPreset):
         super().__init__(transforms, shape, None, memory, fused)
 
 
-def _sizes(
-    presets: Mapping[str, Mapping[str, int]], preset: str, vectors: bool, **given: int | None
-) -> dict[str, int]:
+def _sizes(presets: Mapping[str, Mapping[str, int]], preset: str, vectors: bool, **given: int | None) -> dict[str, int]:
     check_choice("preset", preset, tuple(presets))
     sizes = {**presets[preset], **(_OF_VECTORS[preset] if vectors else {})}
     sizes = {name: sizes[name] if value is None else value for name, value in given.items()}
@@ -460,13 +458,13 @@ class NormalToLogistic(Transform):
     Example:
         >>> y, logdet = NormalToLogistic()(torch.tensor([[0.0, 1.0]]))
         >>> y, torch.allclose(NormalToLogistic().inverse(y), torch.tensor([[0.0, 1.0]]), atol=1e-6)
-        (tensor([[0.0000, 1.6684]]), True)
+        (tensor([[0.0000, 1.6683]]), True)
     """
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, ...] to y of its shape, and the log-determinant [B]."""
         low, high = torch.special.log_ndtr(x), torch.special.log_ndtr(-x)
-        log_slope = -0.5 * (x * x + math.log(2 * math.pi)) - low - high
+        log_slope = -0.5 * (x * x + math.log(2 * math.pi)) + low - high
         return low - high, log_slope.flatten(1).sum(1)
 
     def inverse(self, y: Tensor) -> Tensor:

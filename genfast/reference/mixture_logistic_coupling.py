@@ -110,6 +110,9 @@ def _root(z: Tensor, logits: Tensor, means: Tensor, rates: Tensor) -> Tensor:
         halved = inside & (2 * step.abs() <= before)
         following = torch.where(far, torch.where(halved, newton, middle), torch.where(inside, newton, x))
         before, x = (following - x).abs(), following
+        # Elsewhere the question would wait for the device.
+        if x.device.type == "cpu" and not far.any():
+            break
     return x
 
 

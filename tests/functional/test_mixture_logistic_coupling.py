@@ -55,7 +55,7 @@ def test_tails_against_60_digits(components, log_scale, device):
 
 @pytest.mark.parametrize(
     ("components", "spread", "log_scale"),
-    [(1, 1.0, 0.0), (3, 1.0, -1.0), (64, 1.5, -1.0), (4, 100.0, -2.0)],
+    [(1, 1.0, 0.0), (3, 1.0, -1.0), (32, 1.5, -1.0), (4, 100.0, -2.0)],
 )
 def test_inverse_in_the_middle_in_tails_and_between_components(components, spread, log_scale, device):
     """Within 1e-6, and within what the rounding of y leaves open where the map is flat."""

@@ -1,5 +1,6 @@
 """The ready flows, and the networks within their couplings."""
 
+import math
 import re
 
 import pytest
@@ -12,7 +13,7 @@ from genfast.flows import Coupling, Dequantize, MixtureCoupling, VariationalDequ
 from genfast.models import FlowPlusPlus, Glow, RealNVP, get_family, load
 from genfast.models.flow import Flow
 from genfast.models.flow_networks import MLP, FoldRows, GatedAttentionNet, GlowNet, ResidualNet
-from genfast.models.flow_presets import _OF_PIXELS
+from genfast.models.flow_presets import _OF_PIXELS, NormalToLogistic
 from genfast.training import TrainStep, evaluate
 
 PRESETS = (RealNVP, Glow, FlowPlusPlus)
@@ -92,9 +93,7 @@ def test_the_log_determinant_is_that_of_the_jacobian(preset, shape):
 def test_a_new_image_flow_has_the_density_of_its_noise_alone(preset):
     """Nothing conditions yet: bits per dimension that no image changes but through dequantization and logit."""
     flow = preset((1, 8, 8), **SMALL[preset]).eval()
-    assert all(
-        not net.any() for module in flow.modules() if hasattr(module, "last") for net in [module.last.weight]
-    )
+    assert all(not net.any() for module in flow.modules() if hasattr(module, "last") for net in [module.last.weight])
     assert 0 < float(flow.loss(pixels(4, 1, 8, 8), seed=0)["bits_per_dim"].detach()) < 20
 
 
@@ -307,3 +306,20 @@ def test_folded_rows_see_the_neighbours_of_every_place():
     moved = net(divide(image.roll((2, 4), (2, 3)), "checkerboard").a)
     assert torch.allclose(moved[:, :, 6:-4, 4:-2], out.roll((2, 2), (2, 3))[:, :, 6:-4, 4:-2], atol=1e-6)
     assert torch.equal(FoldRows(nn.Identity())(image), image)
+
+
+def test_learned_noise_starts_as_logistic_noise_whose_sigmoid_is_uniform():
+    """So a new variational flow bounds the likelihood as the uniform one does."""
+    logistic = NormalToLogistic()
+    x = torch.linspace(-5, 5, 50, dtype=torch.float64)[:, None].requires_grad_()
+    y, logdet = logistic(x)
+    assert torch.allclose(torch.sigmoid(y), torch.special.ndtr(x))
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    assert torch.allclose(slope.log()[:, 0], logdet)
+    assert torch.allclose(logistic.inverse(y), x)
+    dequantize = RealNVP((1, 8, 8), preset="tiny", dequantization="variational").transforms[0]
+    pixels_in_noise, logdet = dequantize(pixels(64, 1, 8, 8), seed=0)
+    assert torch.allclose(logdet, torch.tensor(-64 * math.log(256)), atol=1e-2)
+    noise = (256 * pixels_in_noise) % 1
+    assert (noise.mean() - 0.5).abs() < 0.01
+    assert (noise.var() - 1 / 12).abs() < 0.005
