@@ -464,7 +464,7 @@ class NormalToLogistic(Transform):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, ...] to y of its shape, and the log-determinant [B]."""
         low, high = torch.special.log_ndtr(x), torch.special.log_ndtr(-x)
-        log_slope = -0.5 * (x * x + math.log(2 * math.pi)) + low - high
+        log_slope = -0.5 * (x * x + math.log(2 * math.pi)) - low - high
         return low - high, log_slope.flatten(1).sum(1)
 
     def inverse(self, y: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ from tests.matrix import OpMatrix
 from tests.oracles import dequantize
 
 # alpha of RealNVP, of other libraries, and none.
-ALPHAS = [0.0, 1e-6, 0.01, 0.05, 0.1]
+# At the third one an inverse that rounds its difference twice takes a wrong pixel.
+ALPHAS = [0.0, 1e-6, 0.05407907161220886, 0.05, 0.1]
 
 
 class TestDequantizeLogit(OpMatrix):
