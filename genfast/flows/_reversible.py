@@ -17,6 +17,9 @@ from genfast.functional.affine_coupling import backward_from_output
 
 __all__ = ["State", "Step", "advance", "checkpointed", "retreat", "reversibly"]
 
+# By how much the mean magnitude of a sample may differ: rounding makes 1e-5 of it.
+_SAME = 1e-3
+
 State = Tensor | Halves
 Step = Transform | ActNormConv1x1
 
@@ -46,15 +49,20 @@ def _for_step(step: Step, state: State, fused: bool) -> State:
 def checkpointed(step: Step, state: State, fused: bool) -> tuple[State, Tensor]:
     """`advance` that keeps its input alone, by `torch.utils.checkpoint`."""
 
+    kinds: list[str | Mask | None] = []
+
     def run(*tensors: Tensor) -> tuple[Tensor, ...]:
         out, logdet = advance(step, _packed(tensors, kind), fused)
+        if not torch.compiler.is_compiling():
+            kinds.append(_kind(out))
         return *_tensors(out), logdet
 
     state = _for_step(step, state, fused)
     kind = _kind(state)
     *out, logdet = checkpoint(run, *_tensors(state), use_reentrant=False)
-    starts = fused and isinstance(step, _Coupling)
-    return _packed(out, step.split if starts else kind), logdet
+    # A graph cannot hand on a name: of the transforms here only a coupling makes halves of a tensor.
+    halved = getattr(step, "split", "channel") if kind is None else kind
+    return _packed(out, kinds[0] if kinds else halved if len(out) == 2 else None), logdet
 
 
 def reversibly(steps: Sequence[Step], state: State, fused: bool) -> tuple[State, Tensor]:
@@ -82,6 +90,8 @@ class _Run:
     def __init__(self, steps: Sequence[Step], kind: str | Mask | None, parameters: list[nn.Parameter], fused: bool):
         self.steps, self.parameters, self.fused = steps, parameters, fused
         self.kinds = [kind]
+        # Which steps keep the half that they transform.
+        self.keeps = [isinstance(step, _Coupling) and step.keeps_half for step in steps]
         self.versions: list[int] = []
         self.autocast: dict[str, Any] = {}
 
@@ -97,13 +107,16 @@ class _Reversible(torch.autograd.Function):
         run.autocast = {
             "device_type": kind, "dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind),
         }  # fmt: skip
-        for step in run.steps:
+        kept = [_size(state)]
+        for step, keeps in zip(run.steps, run.keeps, strict=True):
+            if keeps:
+                kept.append(step.parts(_as_kind(state, step.split))[1])
             state, logdet = advance(step, state, run.fused)
             total = logdet if total is None else total + logdet
             run.kinds.append(_kind(state))
         ctx.run = run
         run.versions = [parameter._version for parameter in run.parameters]
-        ctx.save_for_backward(*_tensors(state))
+        ctx.save_for_backward(*_tensors(state), *kept)
         return *_tensors(state), total
 
     @staticmethod
@@ -113,29 +126,62 @@ class _Reversible(torch.autograd.Function):
         if run.versions != [parameter._version for parameter in run.parameters]:
             raise RuntimeError("parameters: expected those of the forward pass, which memory='reversible' runs again")
         *grad_tensors, grad_logdet = grads
-        state, grad = _packed(ctx.saved_tensors, run.kinds[-1]), _packed(grad_tensors, run.kinds[-1])
+        count = len(grad_tensors)
+        state, grad = _packed(ctx.saved_tensors[:count], run.kinds[-1]), _packed(grad_tensors, run.kinds[-1])
+        size, *kept = ctx.saved_tensors[count:]
         sums: dict[int, Tensor] = {}
         for index in range(len(run.steps) - 1, -1, -1):
             step, kind = run.steps[index], run.kinds[index]
+            half = kept.pop() if run.keeps[index] else None
             with torch.autocast(**run.autocast):
-                state, grad, found = _undo(step, state, grad, grad_logdet, kind, run.fused)
+                state, grad, found = _undo(step, state, grad, grad_logdet, kind, run.fused, half)
             for parameter, value in found:
                 if value is not None:
                     key = id(parameter)
                     sums[key] = value if key not in sums else sums[key] + value
+        poison = _unlike(size, _size(state))
+        grad = _packed([tensor + poison for tensor in _tensors(grad)], run.kinds[0])
+        for key in list(sums)[:1]:
+            sums[key] = sums[key] + poison.to(sums[key].dtype)
         return None, *_tensors(grad), *(sums.get(id(parameter)) for parameter in run.parameters)
 
 
+def _size(state: State) -> Tensor:
+    """The mean magnitude of each sample [B]: what tells whether an input came back."""
+    return sum(tensor.abs().flatten(1).sum(1) for tensor in _tensors(state)) / max(1, _elements(state))
+
+
+def _elements(state: State) -> int:
+    return sum(tensor.shape[1:].numel() for tensor in _tensors(state))
+
+
+def _unlike(size: Tensor, again: Tensor) -> Tensor:
+    """0, or NaN where an input did not come back: an error on a CPU, and elsewhere a gradient that nobody overlooks."""
+    # A NaN of the forward pass is its own sign.
+    lost = ((again - size).abs() > _SAME * (1 + size)) | (again.isnan() & size.isfinite())
+    if lost.device.type == "cpu" and lost.any():
+        raise RuntimeError(
+            "memory: expected inverses that give a flow's input back, which 'reversible' rests on, got one off by "
+            f"{(again - size).abs().max():.2g} on average over a sample: its scales are too small, use 'checkpoint'"
+        )
+    return torch.where(lost.any(), torch.nan, 0.0).to(size.dtype)
+
+
 def _undo(
-    step: Step, state: State, grad: State, grad_logdet: Tensor, kind: str | Mask | None, fused: bool
+    step: Step, state: State, grad: State, grad_logdet: Tensor, kind: str | Mask | None, fused: bool,
+    half: Tensor | None,
 ) -> tuple[State, State, list[tuple[nn.Parameter, Tensor | None]]]:
-    """The input of a step, from its output, its gradient, and those of the step's parameters."""
+    """The input of a step, from its output, its gradient, and those of the step's parameters.
+
+    half: the transformed half of the input, where it was kept.
+    """
     parameters = [parameter for parameter in step.parameters() if parameter.requires_grad]
     if fused and isinstance(step, Coupling) and isinstance(state, Halves):
         state, grad, found = _undo_coupling(step, state, grad, grad_logdet, parameters)
         return _as_kind(state, kind), _as_kind(grad, kind), found
     with torch.no_grad():
-        state = _as_kind(retreat(step, state, fused), kind)
+        before = retreat(step, state, fused) if half is None else step.put(_as_kind(state, step.split), half)
+        state = _as_kind(before, kind)
     inputs = tuple(tensor.detach().requires_grad_() for tensor in _tensors(state))
     with torch.enable_grad():
         out, logdet = advance(step, _packed(inputs, kind), fused)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Halves", "Mask", "Transform", "as_split", "divide", "join", "same_split"]
+__all__ = ["Halves", "Mask", "Transform", "as_split", "divide", "join", "same_split", "shared_logdet", "wide"]
 
 _SPLITS = ("channel", "checkerboard")
 
@@ -222,6 +222,17 @@ def checkered(x: Tensor, parity: int) -> Tensor:
     # [B, C, H / 2, W / 2] of the even rows, and of the odd ones.
     pair = squares[:, :, :, 0, :, parity], squares[:, :, :, 1, :, 1 - parity]
     return torch.stack(pair, 3).flatten(2, 3)
+
+
+def shared_logdet(value: Tensor, x: Tensor | Halves) -> Tensor:
+    """A log-determinant that all samples of x have in common as `Transform` returns it: fp32 [B], fp64 for fp64."""
+    first = x.a if isinstance(x, Halves) else x
+    return value.to(torch.float64 if first.dtype == torch.float64 else torch.float32).expand(first.shape[0])
+
+
+def wide(x: Tensor) -> Tensor:
+    """At least fp32."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _as_slice(indices: list[int]) -> slice | None:

@@ -10,10 +10,13 @@ from torch import Tensor, nn
 
 from genfast.flows._transform import Halves, Mask, Transform, as_split, checkered, divide, join, same_split
 from genfast.functional import _checks, affine_coupling, mixture_logistic_coupling
+from genfast.functional.affine_coupling import LAYOUTS, ORDERS
+from genfast.functional.mixture_logistic_coupling import check_numbers
+from genfast.reference._math import SCALE_MAPS
+from genfast.reference.mixture_logistic_coupling import SCALE_MAPS as MIXTURE_SCALE_MAPS
 
 __all__ = ["Coupling", "MixtureCoupling"]
 
-_SCALE_MAPS = ("exp", "tanh", "atan", "sigmoid")
 _LEARNED_FACTOR = 2.0
 
 
@@ -21,10 +24,12 @@ class _Coupling(Transform):
     """What couplings share: the halves, the network, and which half is which."""
 
     pairs = True
+    # Whether ``memory="reversible"`` keeps the transformed half, as the inverse may lose its digits.
+    keeps_half = False
 
     def __init__(self, net: nn.Module, split: str | Mask | Tensor | Sequence[bool], swap: bool) -> None:
         super().__init__()
-        if not callable(net):
+        if not isinstance(net, nn.Module):
             raise TypeError(f"net: expected a module, got {type(net).__name__}")
         self.net = net
         self.split = as_split(split)
@@ -113,9 +118,9 @@ class Coupling(_Coupling):
         channels: int | None = None,
     ) -> None:
         super().__init__(net, split, swap)
-        _checks.choice("scale_map", scale_map, _SCALE_MAPS)
-        _checks.choice("layout", layout, ("blocked", "interleaved"))
-        _checks.choice("order", order, ("scale_first", "shift_first"))
+        _checks.choice("scale_map", scale_map, SCALE_MAPS)
+        _checks.choice("layout", layout, LAYOUTS)
+        _checks.choice("order", order, ORDERS)
         if factor == "learned":
             if scale_map != "tanh":
                 raise ValueError(f"factor: expected a number with scale_map={scale_map!r}, got 'learned'")
@@ -126,9 +131,14 @@ class Coupling(_Coupling):
             self.factor = float(factor)
         else:
             raise ValueError(f"factor: expected a positive number or 'learned', got {factor!r}")
+        if isinstance(min_scale, bool) or not isinstance(min_scale, (int, float)):
+            raise TypeError(f"min_scale: expected a number, got {type(min_scale).__name__}")
+        min_scale = _checks.non_negative("min_scale", min_scale)
+        if min_scale and scale_map != "sigmoid":
+            raise ValueError(f"min_scale: expected 0 for scale_map {scale_map!r}, got {min_scale}")
         self.options = {
-            "scale_map": scale_map, "min_scale": _checks.non_negative("min_scale", min_scale), "layout": layout,
-            "order": order, "shift_inside": bool(shift_inside), "reciprocal": bool(reciprocal),
+            "scale_map": scale_map, "min_scale": min_scale, "layout": layout, "order": order,
+            "shift_inside": bool(shift_inside), "reciprocal": bool(reciprocal),
         }  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -176,6 +186,8 @@ class MixtureCoupling(_Coupling):
     """
 
     reversible = True
+    # Where the distribution function is flat, no inverse finds the place again.
+    keeps_half = True
 
     def __init__(
         self,
@@ -191,14 +203,10 @@ class MixtureCoupling(_Coupling):
         super().__init__(net, split, swap)
         if type(num_components) is not int or num_components < 1:
             raise ValueError(f"num_components: expected an int of at least 1, got {num_components!r}")
-        _checks.choice("scale_map", scale_map, ("tanh", "exp"))
-        if not math.isfinite(min_log_scale):
-            raise ValueError(f"min_log_scale: expected a finite number, got {min_log_scale}")
-        if not 0 < factor < math.inf:
-            raise ValueError(f"factor: expected a positive number, got {factor}")
+        _checks.choice("scale_map", scale_map, MIXTURE_SCALE_MAPS)
+        factor, min_log_scale = check_numbers(factor, min_log_scale)
         self.options = {
-            "num_components": num_components, "scale_map": scale_map, "factor": float(factor),
-            "min_log_scale": float(min_log_scale),
+            "num_components": num_components, "scale_map": scale_map, "factor": factor, "min_log_scale": min_log_scale,
         }  # fmt: skip
 
     def extra_repr(self) -> str:

@@ -8,23 +8,25 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genfast.flows._transform import Halves, Mask, Transform, divide, join
+from genfast.flows._transform import Halves, Mask, Transform, divide, join, shared_logdet, wide
 from genfast.functional import _checks
 
 __all__ = ["ActNorm", "InvertibleConv1x1"]
 
-# Of a channel that is the same everywhere.
-_SMALLEST_STD = 1e-6
+# A channel that varies less is taken for a constant: 1 / std would blow up whatever another batch has there.
+_SMALLEST_STD = 1e-3
+# That much of the mean may be the rounding of fp32.
+_ROUNDING = 1e-5
 
 
 class ActNorm(Transform):
     """y = (x + bias) exp(log_scale) for each channel (Kingma and Dhariwal, "Glow", NeurIPS 2018, section 3.1).
 
     The first batch in training mode sets both so that its y has mean 0 and standard deviation 1 in every channel; under
-    torch.distributed the batches of all processes do, which must all call it then. The buffer ``initialized`` says that
+    torch.distributed the batches of all processes do, which must all call it then. A channel whose standard deviation
+    there is below 1e-3 + 1e-5 |mean| (a constant, a single value) is shifted only. The buffer ``initialized`` says that
     it was done: it is not done again after loading, in a copy, or in eval mode, where an uninitialised ActNorm is the
     identity. A first batch that is not finite leaves everything as it was.
 
@@ -61,8 +63,7 @@ class ActNorm(Transform):
     def forward(self, x: Tensor | Halves) -> tuple[Tensor | Halves, Tensor]:
         """x [B, C, ...], or its halves, and the log-determinant [B]."""
         self.settle(x)
-        first = x.a if isinstance(x, Halves) else x
-        logdet = (self.log_scale.sum() * _places(x)).to(first.dtype).expand(first.shape[0])
+        logdet = shared_logdet(wide(self.log_scale).sum() * _places(x), x)
         return _each(x, self.channels, self._normalise, self.bias, self.log_scale), logdet
 
     def inverse(self, y: Tensor | Halves) -> Tensor | Halves:
@@ -93,6 +94,7 @@ class ActNorm(Transform):
     @torch.no_grad()
     def _initialise(self, x: Tensor) -> None:
         _check_channels(x, self.channels)
+        x = wide(x)
         axes = [0, *range(2, x.dim())]
         places = x.new_full((1,), x.numel() / self.channels)
         total, count = _of_all(torch.cat((x.sum(axes), places))).split((self.channels, 1))
@@ -102,7 +104,8 @@ class ActNorm(Transform):
         std = (_of_all(centred.square().sum(axes)) / count).sqrt()
         finite = torch.isfinite(mean).all() & torch.isfinite(std).all()
         keep = self.initialized | ~finite
-        log_scale = -torch.log(std + _SMALLEST_STD)
+        varies = std > _SMALLEST_STD + _ROUNDING * mean.abs()
+        log_scale = torch.where(varies, -torch.log(std), 0)
         self.bias.copy_(torch.where(keep, self.bias, -mean.to(self.bias.dtype)))
         self.log_scale.copy_(torch.where(keep, self.log_scale, log_scale.to(self.log_scale.dtype)))
         self.initialized.logical_or_(finite)
@@ -124,7 +127,8 @@ class ActNorm(Transform):
 class InvertibleConv1x1(Transform):
     """A learned invertible matrix across the channels (Kingma and Dhariwal, "Glow", NeurIPS 2018, section 3.2).
 
-    It starts as a random rotation. For vectors [B, D] it is a linear layer.
+    It starts as a random rotation. For vectors [B, D] it is a linear layer. Where PyTorch may round the factors of fp32
+    products to TF32 (`torch.set_float32_matmul_precision`), these are computed in fp64, so that the inverse stays one.
 
     Args:
         channels: size of dimension 1.
@@ -132,7 +136,8 @@ class InvertibleConv1x1(Transform):
             costs C^3.
 
     Raises:
-        ValueError: an argument has a value that it cannot have; x has another number of channels.
+        ValueError: an argument has a value that it cannot have; x has another number of channels; ``inverse`` finds
+            the matrix singular (on the CPU; elsewhere, and compiled, the result is not finite then).
 
     Example:
         >>> conv = InvertibleConv1x1(4)
@@ -169,18 +174,18 @@ class InvertibleConv1x1(Transform):
     def matrix(self) -> tuple[Tensor, Tensor]:
         """(W [C, C], log |det W|)."""
         if self.form == "plain":
-            return self.weight, torch.linalg.slogdet(self.weight)[1]
+            return self.weight, torch.linalg.slogdet(wide(self.weight))[1]
         lower = self.lower.tril(-1) + torch.eye(self.channels, dtype=self.lower.dtype, device=self.lower.device)
         upper = self.upper.triu(1) + torch.diag(self.sign * torch.exp(self.log_diagonal))
-        return self.permutation @ (lower @ upper), self.log_diagonal.sum()
+        product = _unrounded(torch.matmul, self.permutation, _unrounded(torch.matmul, lower, upper))
+        return product, wide(self.log_diagonal).sum()
 
     def forward(self, x: Tensor | Halves) -> tuple[Tensor | Halves, Tensor]:
         """x [B, C, ...], or its halves, and the log-determinant [B]."""
-        first = x.a if isinstance(x, Halves) else x
-        with in_full_precision(first):
+        with in_full_precision(x.a if isinstance(x, Halves) else x):
             weight, logdet = self.matrix()
             y = mix(x, weight, None)
-        return y, (logdet * _places(x)).to(first.dtype).expand(first.shape[0])
+        return y, shared_logdet(logdet * _places(x), x)
 
     def inverse(self, y: Tensor | Halves) -> Tensor | Halves:
         """The x of which ``forward`` made y."""
@@ -206,13 +211,11 @@ class ActNormConv1x1:
 
     def __call__(self, x: Tensor | Halves) -> tuple[Tensor | Halves, Tensor]:
         self.norm.settle(x)
-        first = x.a if isinstance(x, Halves) else x
-        with in_full_precision(first):
+        with in_full_precision(x.a if isinstance(x, Halves) else x):
             weight, logdet = self.conv.matrix()
             weight = weight * torch.exp(self.norm.log_scale)
-            y = mix(x, weight, torch.mv(weight, self.norm.bias))
-        logdet = (logdet + self.norm.log_scale.sum()) * _places(x)
-        return y, logdet.to(first.dtype).expand(first.shape[0])
+            y = mix(x, weight, (weight * self.norm.bias).sum(1))
+        return y, shared_logdet((logdet + wide(self.norm.log_scale).sum()) * _places(x), x)
 
     def inverse(self, y: Tensor | Halves) -> Tensor | Halves:
         with in_full_precision(y.a if isinstance(y, Halves) else y):
@@ -235,16 +238,15 @@ def mix(x: Tensor | Halves, weight: Tensor, bias: Tensor | None) -> Tensor | Hal
     if a.shape[1] + b.shape[1] != weight.shape[0]:
         raise ValueError(f"x: expected {weight.shape[0]} channels, got {a.shape[1]} + {b.shape[1]}")
     columns = divide(weight, split)
-    if a.dim() == 2:
-        y = torch.addmm(_conv(a, columns.a, bias), b, columns.b.t())
-    else:
-        y = _conv(a, columns.a, bias).add_(_conv(b, columns.b, None))
-    return divide(y, split)
+    return divide(_conv(b, columns.b, _conv(a, columns.a, bias)), split)
 
 
 def inverted(weight: Tensor) -> Tensor:
-    """The inverse of a matrix, rounded once; without waiting for the device to say that it is singular."""
-    return torch.linalg.inv_ex(weight.double())[0].to(weight.dtype)
+    """The inverse of a matrix, rounded once; only a CPU is asked whether there is one, others would be waited for."""
+    inverse, info = torch.linalg.inv_ex(_double(weight))
+    if not torch.compiler.is_compiling() and weight.device.type == "cpu" and info.any():
+        raise ValueError("weight: expected an invertible matrix, got a singular one")
+    return inverse.to(weight.dtype)
 
 
 def in_full_precision(x: Tensor) -> AbstractContextManager[Any]:
@@ -253,13 +255,40 @@ def in_full_precision(x: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
-def _conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _conv(x: Tensor, weight: Tensor, start: Tensor | None) -> Tensor:
+    """start + weight @ channels, start being a bias [C] or of the result's shape.
+
+    No convolution: cuDNN rounds the factors of those to TF32 unless it is told not to.
+    """
     if x.dim() == 2:
-        return F.linear(x, weight, bias)
-    if x.dim() == 4:
-        return F.conv2d(x, weight[:, :, None, None], bias)
-    y = torch.matmul(weight, x.flatten(2))
-    return (y if bias is None else y + bias.unsqueeze(1)).unflatten(2, x.shape[2:])
+        columns = weight.t()
+        return _unrounded(torch.mm, x, columns) if start is None else _unrounded(torch.addmm, start, x, columns)
+    weight, places = weight.expand(x.shape[0], -1, -1), x.flatten(2)
+    if start is None:
+        y = _unrounded(torch.bmm, weight, places)
+    else:
+        start = start.unsqueeze(1) if start.dim() == 1 else start.flatten(2)
+        y = _unrounded(torch.baddbmm, start, weight, places)
+    return y.unflatten(2, x.shape[2:])
+
+
+def _unrounded(product: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """``product(*tensors)``, in fp64 where PyTorch may round fp32 factors to TF32."""
+    if tensors[0].dtype != torch.float32 or not _may_round():
+        return product(*tensors)
+    return product(*(_double(tensor) for tensor in tensors)).float()
+
+
+def _may_round() -> bool:
+    # Each knows what the other cannot: settings of both kinds at once, and how to be traced.
+    if torch.compiler.is_compiling():
+        return torch.backends.cuda.matmul.allow_tf32
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def _double(x: Tensor) -> Tensor:
+    """fp64, but for Apple's GPUs, which have none."""
+    return wide(x) if x.device.type == "mps" else x.double()
 
 
 def _of_all(sums: Tensor) -> Tensor:

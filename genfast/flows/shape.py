@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -66,15 +67,15 @@ class Permute(Transform):
 
     def __init__(self, order: str | Sequence[int] | Tensor = "reverse") -> None:
         super().__init__()
-        self.order = order if isinstance(order, str) else tuple(int(place) for place in order)
-        if isinstance(order, str) and order not in ("reverse", "swap"):
-            raise ValueError(f"order: expected a permutation, 'reverse' or 'swap', got {order!r}")
-        if not isinstance(order, str):
-            if not self.order or sorted(self.order) != list(range(len(self.order))):
-                raise ValueError(f"order: expected each of 0, 1, ..., C - 1 once, got {list(self.order)}")
-            index = torch.tensor(self.order)
-            self.register_buffer("index", index, persistent=False)
-            self.register_buffer("inverse_index", index.argsort(), persistent=False)
+        if isinstance(order, str):
+            if order not in ("reverse", "swap"):
+                raise ValueError(f"order: expected a permutation, 'reverse' or 'swap', got {order!r}")
+            self.order = order
+            return
+        self.order = _permutation(order)
+        index = torch.tensor(self.order)
+        self.register_buffer("index", index, persistent=False)
+        self.register_buffer("inverse_index", index.argsort(), persistent=False)
 
     def extra_repr(self) -> str:
         return repr(self.order)
@@ -105,6 +106,15 @@ class Permute(Transform):
         return x.index_select(1, getattr(self, index))
 
 
+def _permutation(order: Sequence[int] | Tensor) -> tuple[int, ...]:
+    places = order.tolist() if isinstance(order, Tensor) else order
+    places = list(places) if isinstance(places, Iterable) else [places]
+    ints = all(isinstance(place, Integral) and not isinstance(place, bool) for place in places)
+    if not places or not ints or sorted(places) != list(range(len(places))):
+        raise ValueError(f"order: expected each of 0, 1, ..., C - 1 once, got {places}")
+    return tuple(int(place) for place in places)
+
+
 class Split(Transform):
     """Half of the channels leaves the flow (Dinh et al., "Real NVP", section 3.6): a flow of several scales.
 
@@ -114,7 +124,7 @@ class Split(Transform):
 
     Args:
         net: half a [B, C / 2, ...] to [log-std | mean] [B, C, ...]; None: the prior is N(0, I).
-        options: of `Coupling`, such as ``scale_map``, for the log-std.
+        options: of `Coupling`, such as ``scale_map``, for the log-std; not ``split`` and ``swap``.
 
     Raises:
         TypeError, ValueError: an odd number of channels; options without a network; as in `Coupling`.
@@ -129,6 +139,9 @@ class Split(Transform):
 
     def __init__(self, net: nn.Module | None = None, **options: Any) -> None:
         super().__init__()
+        for name in ("split", "swap"):
+            if name in options:
+                raise TypeError(f"{name}: expected none, since half b leaves given half a, got {options[name]!r}")
         if net is None and options:
             raise ValueError(f"net: expected a module for the options {sorted(options)}, got None")
         self.prior = None if net is None else Coupling(net, "channel", **options)

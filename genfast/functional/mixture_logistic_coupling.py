@@ -61,7 +61,7 @@ def mixture_logistic_coupling(
             K of means mu and K of log-scales log(s_k). May have another dtype than x: nothing is copied.
         num_components: K; each one compiles a kernel.
         scale_map: ``"tanh"``: log_scale(s) = factor tanh(s), which keeps the scale within exp(+-factor); ``"exp"``: s.
-        factor: the bound of ``"tanh"``.
+        factor: the bound of ``"tanh"``, a finite number above 0.
         min_log_scale: log-scales below it count as it, and get no gradient.
         inverse: take y and return x.
 
@@ -73,7 +73,7 @@ def mixture_logistic_coupling(
         many s_k apart, any x whose y differs only by rounding.
 
     Raises:
-        TypeError: an argument is no tensor, or of an unsupported dtype.
+        TypeError: an argument is no tensor, of an unsupported dtype, or no number.
         ValueError: shapes or devices do not fit, a name is unknown, or a number is out of its range.
 
     Differentiable in x and params, in both directions. A second derivative is not implemented and says so.
@@ -93,9 +93,7 @@ def mixture_logistic_coupling(
     if num_components < 1:
         raise ValueError(f"num_components: expected an int >= 1, got {num_components}")
     _checks.choice("scale_map", scale_map, SCALE_MAPS)
-    factor = _checks.non_negative("factor", factor)
-    if not -math.inf < min_log_scale < math.inf:
-        raise ValueError(f"min_log_scale: expected a finite number, got {min_log_scale}")
+    factor, min_log_scale = check_numbers(factor, min_log_scale)
     blocks = 2 + 3 * num_components
     wanted = [x.shape[0], blocks * x.shape[1], *x.shape[2:]]
     if list(params.shape) != wanted:
@@ -106,7 +104,17 @@ def mixture_logistic_coupling(
     if params.device != x.device:
         raise ValueError(f"params: expected the device of x, {x.device}, got {params.device}")
     keep = torch.is_grad_enabled() and (x.requires_grad or params.requires_grad)
-    y, logdet, _ = _op(
-        x, params, num_components, scale_map, factor, float(min_log_scale), bool(inverse), keep
-    )
+    y, logdet, _ = _op(x, params, num_components, scale_map, factor, min_log_scale, bool(inverse), keep)
     return y, logdet
+
+
+def check_numbers(factor: float, min_log_scale: float) -> tuple[float, float]:
+    """Both as floats: factor above 0, min_log_scale finite."""
+    for name, value in (("factor", factor), ("min_log_scale", min_log_scale)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not 0 < factor < math.inf:
+        raise ValueError(f"factor: expected a finite number > 0, got {factor}")
+    if not -math.inf < min_log_scale < math.inf:
+        raise ValueError(f"min_log_scale: expected a finite number, got {min_log_scale}")
+    return float(factor), float(min_log_scale)

@@ -23,7 +23,8 @@ from genfast.random import Stream, as_seed, is_plain, normal
 __all__ = ["Flow"]
 
 _MEMORIES = ("ordinary", "checkpoint", "reversible")
-_NOT_REPEATABLE = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
+_NOT_REPEATABLE = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm, nn.RReLU)
+_WITH_DROPOUT = (nn.MultiheadAttention, nn.RNNBase)
 
 
 class Flow(Model):
@@ -46,7 +47,9 @@ class Flow(Model):
         fused: False runs the ordinary PyTorch chain instead of genfast's ops (the baseline of every comparison).
 
     ``memory="reversible"`` runs each network twice, so those must be functions of their input: dropout and batch norm
-    are refused. It composes with autocast and DDP (not with FSDP), has no second derivative, and cannot be part of a
+    are refused. A `MixtureCoupling` keeps the half that it transforms, since it has flat stretches; of the others the
+    inverse must have the digits: where an input does not come back the backward pass raises on a CPU and has NaN
+    gradients elsewhere. It composes with autocast and DDP (not with FSDP), has no second derivative, and cannot be part of a
     graph of `torch.compile`: `compile` compiles the networks of the couplings one by one instead.
 
     Raises:
@@ -112,6 +115,8 @@ class Flow(Model):
     @memory.setter
     def memory(self, memory: str) -> None:
         _checks.choice("memory", memory, _MEMORIES)
+        if hasattr(self, "_compile_options") and "reversible" in (memory, self._memory) and memory != self._memory:
+            raise ValueError(f"memory: expected {self._memory!r}, for which this flow was compiled, got {memory!r}")
         self._memory = memory
         self._plan()
 
@@ -161,10 +166,12 @@ class Flow(Model):
             >>> Flow([Permute("reverse")], data_shape=(2,)).inverse(torch.tensor([[2.0, 1.0]]))
             tensor([[1., 2.]])
         """
+        self._follow()
         shapes = self._shapes()
         sizes = [shape.numel() for shape in shapes]
         if not isinstance(z, Tensor) or not z.is_floating_point():
             raise TypeError(f"z: expected a float tensor, got {z.dtype if isinstance(z, Tensor) else type(z).__name__}")
+        self._check_dtype("z", z)
         if z.dim() != 2 or z.shape[1] != sum(sizes):
             raise ValueError(f"z: expected shape [B, {sum(sizes)}], got {list(z.shape)}")
         # Elsewhere it would wait for the device.
@@ -307,9 +314,12 @@ class Flow(Model):
 
     def _plan(self) -> None:
         """`_steps`: the transforms, neighbours together; `_stages`: the same, with runs of reversible ones as lists."""
-        for module in self.modules():
+        for module in self.transforms.modules():
             if isinstance(module, Transform):
                 module.fused = self._fused
+        if isinstance(self.base, Flow):
+            self.base.fused = self._fused
+        self._planned = list(self.transforms)
         self._steps: list[Step] = []
         for transform in self.transforms:
             last = self._steps[-1] if self._steps and self._fused else None
@@ -326,8 +336,15 @@ class Flow(Model):
                 run = list(group)
                 self._stages += [run] if reversible else run
 
+    def _follow(self) -> None:
+        """Plan anew where somebody has changed the list of transforms."""
+        if not torch.compiler.is_compiling() and self._planned != list(self.transforms):
+            self._latent_shapes = None
+            self._plan()
+
     def _encode(self, x: Tensor, seed: int | Tensor | None, row_offset: int) -> tuple[list[State], Tensor]:
         """The parts of the latent code as they come, and the log-determinant."""
+        self._follow()
         state: State = self._check_data(x)
         noise = self._noise(seed, x.device, row_offset)
         latents: list[State] = []
@@ -360,6 +377,8 @@ class Flow(Model):
         dequantizes = len(self._steps) > 0 and self._steps[0].stochastic
         if not x.is_floating_point() and not (dequantizes and x.dtype == torch.uint8):
             raise TypeError(f"x: expected floats{' or uint8' if dequantizes else ''}, got {x.dtype}")
+        if not torch.compiler.is_compiling():
+            self._check_dtype("x", x)
         if x.dim() < 2:
             raise ValueError(f"x: expected shape [B, ...], got {list(x.shape)}")
         if self.data_shape is None:
@@ -375,6 +394,12 @@ class Flow(Model):
                 raise ValueError(f"x: expected shape {shapes}, got {list(x.shape)}")
             x = x.reshape(-1, *self.data_shape)
         return x if x.dtype == torch.uint8 else wide(x)
+
+    def _check_dtype(self, name: str, x: Tensor) -> None:
+        if self.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"parameters: expected fp32 (autocast runs the networks in 16 bits), got {self.dtype}")
+        if x.is_floating_point() and wide(x).dtype != self.dtype:
+            raise TypeError(f"{name}: expected the dtype of the parameters, {self.dtype}, got {x.dtype}")
 
     def _check_finite(self) -> None:
         finite = {name: torch.isfinite(parameter).all() for name, parameter in self.named_parameters()}
@@ -415,7 +440,8 @@ def _check_base(base: nn.Module | None) -> None:
 def _check_repeatable(transforms: Iterable[Transform]) -> None:
     for transform in transforms:
         for module in transform.modules() if transform.reversible else ():
-            if isinstance(module, _NOT_REPEATABLE) and getattr(module, "p", 1.0):
+            drops = isinstance(module, _WITH_DROPOUT) and module.dropout
+            if drops or (isinstance(module, _NOT_REPEATABLE) and getattr(module, "p", 1.0)):
                 raise ValueError(
                     "memory: expected 'ordinary' or 'checkpoint' with networks that are not functions of their input "
                     f"alone, got 'reversible' with {type(module).__name__}"

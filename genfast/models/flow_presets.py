@@ -22,9 +22,10 @@ from genfast.flows import (
     Transform,
     VariationalDequantize,
 )
+from genfast.functional import _checks
 from genfast.models.base import _check_sizes, check_choice, evaluating
 from genfast.models.flow import Flow
-from genfast.models.flow_networks import MLP, FoldRows, GatedAttentionNet, GlowNet, ResidualNet
+from genfast.models.flow_networks import MLP, FoldRows, GatedAttentionNet, GlowNet, ResidualNet, _zeros
 
 __all__ = ["FlowPlusPlus", "FlowPreset", "Glow", "RealNVP"]
 
@@ -32,6 +33,8 @@ Preset = Literal["tiny", "small", "base"]
 Memory = Literal["ordinary", "checkpoint", "reversible"]
 Dequantization = Literal["uniform", "variational"]
 
+_IMAGE_SHAPE = (1, 28, 28)
+_ALPHA = 0.05
 # At most so many levels unless a preset says how many: 28 -> 14 -> 7, and 32 -> 16 -> 8.
 _LEVELS = 2
 # These come first in flows of images.
@@ -79,15 +82,16 @@ class FlowPreset(Flow):
             [B, steps, C, H, W] floats in [0, 1], or [B, steps, D].
 
         Raises:
-            ValueError: another shape, or fewer than two steps.
+            TypeError, ValueError: another shape, or fewer than two steps.
 
         Example:
             >>> flow = RealNVP(image_shape=(1, 8, 8), preset="tiny")
             >>> flow.interpolate(torch.rand(3, 1, 8, 8), torch.rand(3, 1, 8, 8), steps=5).shape
             torch.Size([3, 5, 1, 8, 8])
         """
-        if steps < 2:
-            raise ValueError(f"steps: expected at least 2, got {steps}")
+        if not isinstance(steps, int) or steps < 2:
+            raise ValueError(f"steps: expected an int of at least 2, got {steps!r}")
+        _checks.same_shape("x1", x1, "x0", x0)
         with evaluating(self):
             z0, z1 = (self(x, seed=seed, row_offset=row_offset)[0] for x in (x0, x1))
             codes = torch.stack([_between(z0, z1, step / (steps - 1)) for step in range(steps)], 1)
@@ -117,7 +121,7 @@ class FlowPreset(Flow):
     def evaluation(self, x: Tensor, *, seed: int | Tensor | None = None, row_offset: int = 0) -> dict[str, Tensor]:
         """The parts of `loss`, and ``inverse_error``, for `genfast.training.evaluate`.
 
-        ``inverse_error`` is that of the batch's first 16 rows.
+        ``inverse_error`` is that of the batch's first 16 rows; over several batches it is averaged.
 
         Example:
             >>> sorted(RealNVP(dim=2).evaluation(torch.randn(8, 2)))
@@ -148,16 +152,16 @@ class RealNVP(FlowPreset):
     floats in [0, 1]. Pixels get noise below their grey level, and then go through a logit.
 
     Args:
-        image_shape: (C, H, W), H and W even. None, or a `dim`: vectors.
-        dim: size of vectors [B, dim], at least 2.
+        image_shape: (C, H, W), H and W even. None: (1, 28, 28), or vectors where `dim` is given.
+        dim: size of vectors [B, dim], at least 2; without `image_shape`.
         preset: ``"tiny"``, ``"small"`` or ``"base"``: the values of the sizes that are None.
         hidden: channels within the networks; width of the layers for vectors.
         blocks: residual blocks of each network; layers for vectors.
         couplings: of each kind at each level; in all, for vectors.
-        levels: how many squeezes; None: two, or as many as H and W allow.
+        levels: how many squeezes; None: two, or as many as H and W allow. Images alone have it.
         dequantization: noise of the pixels: ``"uniform"``, or ``"variational"``: learned (Ho et al., "Flow++", ICML
             2019, section 3.1). None: uniform. Images alone have it.
-        alpha: pixels are scaled to [alpha, 1 - alpha] before the logit.
+        alpha: pixels are scaled to [alpha, 1 - alpha] before the logit; None: 0.05. Images alone have it.
         memory: ``"ordinary"``, ``"checkpoint"`` or ``"reversible"``; see `Flow`.
         fused: False runs the ordinary PyTorch chain instead of genfast's ops (the baseline of every comparison).
 
@@ -181,7 +185,7 @@ class RealNVP(FlowPreset):
 
     def __init__(
         self,
-        image_shape: Sequence[int] | None = (1, 28, 28),
+        image_shape: Sequence[int] | None = None,
         dim: int | None = None,
         *,
         preset: Preset = "small",
@@ -190,11 +194,11 @@ class RealNVP(FlowPreset):
         couplings: int | None = None,
         levels: int | None = None,
         dequantization: Dequantization | None = None,
-        alpha: float = 0.05,
+        alpha: float | None = None,
         memory: Memory = "ordinary",
         fused: bool = True,
     ) -> None:
-        shape = _data(image_shape, dim, dequantization)
+        shape = _data(image_shape, dim, dequantization=dequantization, alpha=alpha, levels=levels)
         sizes = _sizes(self._presets, preset, shape is None, hidden=hidden, blocks=blocks, couplings=couplings)
         hidden, blocks, couplings = sizes["hidden"], sizes["blocks"], sizes["couplings"]
         if shape is None:
@@ -241,7 +245,7 @@ class Glow(FlowPreset):
         image_shape, dim, preset, dequantization, alpha, memory, fused: as for `RealNVP`.
         hidden: channels within the networks; width of the layers for vectors.
         couplings: steps of each level; in all, for vectors.
-        levels: how many squeezes; None: two, or as many as H and W allow.
+        levels: how many squeezes; None: two, or as many as H and W allow. Images alone have it.
         conv: form of the convolutions: ``"lu"`` or ``"plain"``.
 
     Raises:
@@ -261,7 +265,7 @@ class Glow(FlowPreset):
 
     def __init__(
         self,
-        image_shape: Sequence[int] | None = (1, 28, 28),
+        image_shape: Sequence[int] | None = None,
         dim: int | None = None,
         *,
         preset: Preset = "small",
@@ -270,11 +274,11 @@ class Glow(FlowPreset):
         levels: int | None = None,
         conv: Literal["lu", "plain"] = "lu",
         dequantization: Dequantization | None = None,
-        alpha: float = 0.05,
+        alpha: float | None = None,
         memory: Memory = "ordinary",
         fused: bool = True,
     ) -> None:
-        shape = _data(image_shape, dim, dequantization)
+        shape = _data(image_shape, dim, dequantization=dequantization, alpha=alpha, levels=levels)
         sizes = _sizes(self._presets, preset, shape is None, hidden=hidden, couplings=couplings)
         hidden, couplings = sizes["hidden"], sizes["couplings"]
         if shape is None:
@@ -294,7 +298,7 @@ class Glow(FlowPreset):
                 transforms += [ActNorm(channels), InvertibleConv1x1(channels, form=conv), coupling]
             if level < count - 1:
                 channels //= 2
-                transforms += [Split(_zero_conv(channels, 2 * channels))]
+                transforms += [Split(_zeros(nn.Conv2d(channels, 2 * channels, 3, padding=1)))]
         super().__init__(transforms, shape, None, memory, fused)
 
 
@@ -339,7 +343,7 @@ class FlowPlusPlus(FlowPreset):
 
     def __init__(
         self,
-        image_shape: Sequence[int] | None = (1, 28, 28),
+        image_shape: Sequence[int] | None = None,
         dim: int | None = None,
         *,
         preset: Preset = "small",
@@ -348,11 +352,11 @@ class FlowPlusPlus(FlowPreset):
         couplings: int | None = None,
         components: int | None = None,
         dequantization: Dequantization | None = None,
-        alpha: float = 0.05,
+        alpha: float | None = None,
         memory: Memory = "ordinary",
         fused: bool = True,
     ) -> None:
-        shape = _data(image_shape, dim, dequantization)
+        shape = _data(image_shape, dim, dequantization=dequantization, alpha=alpha)
         given = {"hidden": hidden, "blocks": blocks, "couplings": couplings, "components": components}
         sizes = _sizes(self._presets, preset, shape is None, **given)
         hidden, blocks, components = sizes["hidden"], sizes["blocks"], sizes["components"]
@@ -405,19 +409,19 @@ def _sizes(presets: Mapping[str, Mapping[str, int]], preset: str, vectors: bool,
     return sizes
 
 
-def _data(image_shape: Sequence[int] | None, dim: int | None, dequantization: str | None) -> tuple[int, ...] | None:
-    """The shape of the images; None for vectors."""
-    if dequantization is not None:
-        check_choice("dequantization", dequantization, ("uniform", "variational"))
+def _data(image_shape: Sequence[int] | None, dim: int | None, **of_images: Any) -> tuple[int, ...] | None:
+    """The shape of the images; None for vectors, which take no arguments of images."""
     if dim is None:
-        if image_shape is None:
-            raise ValueError("dim: expected the size of vectors where image_shape is None, got None")
+        if of_images["dequantization"] is not None:
+            check_choice("dequantization", of_images["dequantization"], ("uniform", "variational"))
+        image_shape = _IMAGE_SHAPE if image_shape is None else image_shape
         _check_sizes("image_shape", image_shape, count=3)
         return tuple(image_shape)
     if not isinstance(dim, int) or dim < 2:
         raise ValueError(f"dim: expected an int of at least 2, got {dim!r}")
-    if dequantization is not None:
-        raise ValueError(f"dequantization: expected None for vectors, got {dequantization!r}")
+    for name, value in {"image_shape": image_shape, **of_images}.items():
+        if value is not None:
+            raise ValueError(f"{name}: expected None for vectors, where dim is given, got {value!r}")
     return None
 
 
@@ -431,15 +435,16 @@ def _levels(shape: tuple[int, ...], levels: int | None) -> int:
         raise ValueError(f"image_shape: expected an even height and width, got {shape}")
     if levels is None:
         return min(_LEVELS, possible)
-    if not 1 <= levels <= possible:
-        raise ValueError(f"levels: expected 1 to {possible} for images of {height} x {width}, got {levels}")
+    if type(levels) is not int or not 1 <= levels <= possible:
+        raise ValueError(f"levels: expected 1 to {possible} for images of {height} x {width}, got {levels!r}")
     return levels
 
 
-def _pixels(shape: tuple[int, ...], dequantization: str, alpha: float, hidden: int) -> list[Transform]:
+def _pixels(shape: tuple[int, ...], dequantization: str, alpha: float | None, hidden: int) -> list[Transform]:
     """From pixels to where couplings work."""
     learned = dequantization == "variational"
-    return [VariationalDequantize(_noise_flow(shape[0], hidden)) if learned else Dequantize(), Logit(alpha)]
+    noise = VariationalDequantize(_noise_flow(shape[0], hidden)) if learned else Dequantize()
+    return [noise, Logit(_ALPHA if alpha is None else alpha)]
 
 
 def _noise_flow(channels: int, hidden: int) -> ConditionalFlow:
@@ -487,13 +492,6 @@ def _of_vectors(
             transforms += [ActNorm(dim)]
         transforms += [coupling(net(*reversed(sizes) if swap else sizes), split=mask, swap=swap, **options)]
     return transforms
-
-
-def _zero_conv(in_channels: int, out_channels: int) -> nn.Module:
-    conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-    nn.init.zeros_(conv.weight)
-    nn.init.zeros_(conv.bias)
-    return conv
 
 
 def _spread_means(last: nn.Linear | nn.Conv2d, components: int) -> None:

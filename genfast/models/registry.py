@@ -64,7 +64,7 @@ class Family:
             model = self.archs[arch]
         foreign = sorted(set(options) - set(inspect.signature(model).parameters))
         if foreign:
-            raise ValueError(f"{foreign[0]}: expected none for {arch}, got {options[foreign[0]]!r}")
+            raise ValueError(f"{foreign[0]}: expected none for {model.__name__}, got {options[foreign[0]]!r}")
         return model(image_shape=tuple(image_shape), **options)
 
 

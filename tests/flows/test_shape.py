@@ -1,5 +1,6 @@
 """Squeeze, Permute and Split: Jacobians, inverses, and what they refuse."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -75,6 +76,11 @@ def test_a_split_with_a_prior_is_a_gaussian_given_what_goes_on():
         (lambda: Permute("sideways"), "order: expected a permutation, 'reverse' or 'swap', got 'sideways'"),
         (lambda: Permute([0, 0, 1]), r"order: expected each of 0, 1, ..., C - 1 once, got \[0, 0, 1\]"),
         (lambda: Permute([]), "order: expected each of"),
+        (lambda: Permute([0.5, 1.9]), r"order: expected each of 0, 1, ..., C - 1 once, got \[0.5, 1.9\]"),
+        (lambda: Permute([1.0, 0.0]), "order: expected each of"),
+        (lambda: Permute([True, False]), "order: expected each of"),
+        (lambda: Permute(torch.tensor([1.0, 0.0])), "order: expected each of"),
+        (lambda: Permute(None), r"order: expected each of 0, 1, ..., C - 1 once, got \[None\]"),
         (lambda: Permute([1, 0])(torch.randn(2, 3)), "x: expected 2 channels, as many as order has"),
         (lambda: Permute("swap")(torch.randn(2, 3)), "x: expected an even number of channels"),
         (lambda: Split()(torch.randn(2, 3)), "x: expected an even number of channels"),
@@ -85,3 +91,17 @@ def test_a_split_with_a_prior_is_a_gaussian_given_what_goes_on():
 def test_bad_input_names_the_argument(run, message):
     with pytest.raises(ValueError, match=message):
         run()
+
+
+@pytest.mark.parametrize(("option", "value"), [("swap", True), ("split", "checkerboard")])
+@pytest.mark.parametrize("net", [mlp(2, 4), None])
+def test_a_split_chooses_its_halves_itself(net, option, value):
+    with pytest.raises(TypeError, match=f"{option}: expected none, .* got {value!r}"):
+        Split(net, **{option: value})
+
+
+@pytest.mark.parametrize("order", [(2, 0, 1), torch.tensor([2, 0, 1]), np.array([2, 0, 1]), range(3)], ids=repr)
+def test_an_order_may_be_any_sequence_of_ints(order):
+    permute = Permute(order)
+    assert permute(torch.arange(3.0)[None])[0].tolist() == [list(map(float, order))]
+    assert all(type(place) is int for place in permute.order)

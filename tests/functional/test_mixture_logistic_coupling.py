@@ -256,8 +256,13 @@ def test_the_inverse_of_what_was_never_reached_ends(value, device):
         ({"x": torch.zeros(2)}, ValueError, r"x: expected at least 2 dimension\(s\) \[B, ...\], got shape \[2\]"),
         ({"x": torch.zeros(2, 4, 5, dtype=torch.uint8)}, TypeError, "x: expected fp32, bf16, fp16 or fp64, got"),
         ({"scale_map": "softplus"}, ValueError, "scale_map: expected one of 'exp', 'tanh', got 'softplus'"),
-        ({"factor": -1.0}, ValueError, "factor: expected a finite number >= 0, got -1.0"),
+        ({"factor": -1.0}, ValueError, "factor: expected a finite number > 0, got -1.0"),
+        ({"factor": 0}, ValueError, "factor: expected a finite number > 0, got 0"),
+        ({"factor": "learned"}, TypeError, "factor: expected a number, got str"),
+        ({"factor": torch.ones(4)}, TypeError, "factor: expected a number, got Tensor"),
         ({"min_log_scale": math.nan}, ValueError, "min_log_scale: expected a finite number, got nan"),
+        ({"min_log_scale": None}, TypeError, "min_log_scale: expected a number, got NoneType"),
+        ({"min_log_scale": "-7"}, TypeError, "min_log_scale: expected a number, got str"),
     ],
 )  # fmt: skip
 def test_bad_input(change, error, message):

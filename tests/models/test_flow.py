@@ -470,3 +470,43 @@ def broken():
 def test_genfast_exports_it():
     assert genfast.Flow is Flow
     assert genfast.flows.Coupling is Coupling
+
+
+def test_a_list_of_transforms_that_grew_is_run_whole():
+    flow = Flow([Permute("reverse")], data_shape=(2,))
+    flow.transforms.append(Permute("reverse"))
+    x = torch.randn(3, 2)
+    assert torch.equal(flow(x)[0], x)
+    assert torch.equal(flow.inverse(x), x)
+
+
+def test_a_base_that_is_a_flow_runs_as_the_flow_does():
+    flow = Flow([Coupling(mlp(1, 2))], Flow([ActNorm(2), Coupling(mlp(1, 2))], data_shape=(2,)), data_shape=(2,))
+    flow.fused = False
+    assert not flow.base.fused
+    assert not flow.base.transforms[1].fused
+    assert flow.sample(3, seed=0).shape == (3, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_data_of_another_precision_is_refused(dtype):
+    flow = Flow([Coupling(mlp(1, 2))], data_shape=(2,)).to(dtype)
+    other = torch.float64 if dtype == torch.float32 else torch.float32
+    for call in (flow, flow.log_prob, flow.inverse):
+        with pytest.raises(TypeError, match=rf"[xz]: expected the dtype of the parameters, {dtype}, got {other}"):
+            call(torch.zeros(3, 2, dtype=other))
+    with pytest.raises(TypeError, match="parameters: expected fp32"):
+        flow.to(torch.bfloat16)(torch.zeros(3, 2))
+
+
+def test_memory_of_a_compiled_flow_stays():
+    flow = Flow([Coupling(mlp(1, 2))], data_shape=(2,))
+    flow.compile(backend="eager")
+    with pytest.raises(ValueError, match="memory: expected 'ordinary', for which this flow was compiled"):
+        flow.memory = "reversible"
+
+
+@pytest.mark.parametrize("net", [nn.RReLU(), nn.MultiheadAttention(4, 2, dropout=0.5), nn.GRU(4, 4, 2, dropout=0.5)])
+def test_networks_that_draw_are_refused_where_they_would_run_twice(net):
+    with pytest.raises(ValueError, match=f"memory: expected .* with {type(net).__name__}"):
+        Flow([Coupling(net)], memory="reversible")

@@ -1,5 +1,6 @@
 """The ready flows, and the networks within their couplings."""
 
+import dataclasses
 import math
 import re
 
@@ -181,6 +182,16 @@ def test_saving(preset, tmp_path):
     assert torch.equal(loaded.log_prob(x, seed=1), flow.eval().log_prob(x, seed=1))
 
 
+@EVERY
+@pytest.mark.parametrize("options", [{}, {"dim": 2}], ids=["default", "vectors"])
+def test_saving_what_was_not_given(preset, options, tmp_path):
+    flow = make(preset, **options)
+    flow.save_pretrained(tmp_path)
+    loaded = load(tmp_path)
+    assert (loaded.image_shape, loaded.dim) == ((None, 2) if options else ((1, 28, 28), None))
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in flow.state_dict().items())
+
+
 def test_one_graph():
     flow = make(Glow, (1, 8, 8))
     x = pixels(4, 1, 8, 8)
@@ -196,6 +207,11 @@ def test_the_family():
     for arch, preset in zip(("realnvp", "glow", "flowpp"), PRESETS, strict=True):
         assert type(family.build((1, 8, 8), arch=arch, preset="tiny")) is preset
     assert type(family.build((1, 8, 8), preset="tiny")) is RealNVP
+    narrow = dataclasses.replace(family, build_options=("arch", "conv"))
+    assert type(narrow.build((1, 28, 28), arch="glow", conv="plain")) is Glow
+    for arch, name in ((None, "RealNVP"), ("flowpp", "FlowPlusPlus")):
+        with pytest.raises(ValueError, match=f"conv: expected none for {name}, got 'plain'"):
+            narrow.build((1, 28, 28), arch=arch, conv="plain")
     with pytest.raises(ValueError, match="arch: expected one of realnvp, glow, flowpp, got 'nice'"):
         family.build((1, 8, 8), arch="nice")
     assert genfast.RealNVP is RealNVP
@@ -207,9 +223,11 @@ def test_the_family():
     [
         ({"image_shape": (1, 7, 8)}, "image_shape: expected an even height and width"),
         ({"image_shape": (1, 8)}, "image_shape: expected"),
-        ({"image_shape": None}, "dim: expected the size of vectors"),
         ({"dim": 1}, "dim: expected an int of at least 2, got 1"),
-        ({"dim": 2, "dequantization": "uniform"}, "dequantization: expected None for vectors"),
+        ({"dim": 2}, "image_shape: expected None for vectors, where dim is given, got (1, 8, 8)"),
+        ({"image_shape": None, "dim": 2, "dequantization": "uniform"}, "dequantization: expected None for vectors"),
+        ({"image_shape": None, "dim": 2, "alpha": 7.0}, "alpha: expected None for vectors, where dim is"),
+        ({"alpha": 7.0}, "alpha: expected a number from 0 to 0.45, got 7.0"),
         ({"dequantization": "none"}, "dequantization: expected"),
         ({"preset": "large"}, "preset: expected"),
         ({"hidden": 0}, "hidden: expected"),
@@ -225,10 +243,26 @@ def test_bad_arguments(preset, options, message):
 def test_bad_arguments_of_some():
     with pytest.raises(ValueError, match=re.escape("levels: expected 1 to 3 for images of 8 x 8, got 4")):
         RealNVP((1, 8, 8), preset="tiny", levels=4)
+    with pytest.raises(ValueError, match="levels: expected 1 to 3 for images of 8 x 8, got '2'"):
+        RealNVP((1, 8, 8), preset="tiny", levels="2")
+    for preset in (RealNVP, Glow):
+        with pytest.raises(ValueError, match="levels: expected None for vectors, where dim is given, got 99"):
+            preset(dim=2, preset="tiny", levels=99)
     with pytest.raises(ValueError, match="hidden: expected a multiple of the 4 heads"):
         FlowPlusPlus((1, 8, 8), preset="tiny", hidden=6)
-    with pytest.raises(ValueError, match="steps: expected at least 2, got 1"):
-        make(RealNVP, dim=2).interpolate(torch.zeros(1, 2), torch.ones(1, 2), steps=1)
+
+
+@pytest.mark.parametrize("steps", [1, 2.5, "3", None])
+def test_interpolation_refuses_steps(steps):
+    with pytest.raises(ValueError, match=re.escape(f"steps: expected an int of at least 2, got {steps!r}")):
+        make(RealNVP, dim=2).interpolate(torch.zeros(1, 2), torch.ones(1, 2), steps=steps)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_interpolation_refuses_batches_of_different_sizes(rows):
+    message = f"x1: expected the shape of x0, [3, 2], got [{rows}, 2]"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make(RealNVP, dim=2).interpolate(torch.zeros(3, 2), torch.ones(rows, 2))
 
 
 @EVERY
