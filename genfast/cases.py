@@ -524,7 +524,8 @@ def _affine_coupling(setting: str, **options: Any) -> Case:
 
     def exact(inputs: Inputs) -> Outputs:
         return reference.affine_coupling.forward(
-            inputs["half"], inputs["params"], None, scale_map, 2.0, 0.0, interleaved, shift_first, inside, flip, -1, inverse
+            inputs["half"], inputs["params"], None, scale_map, 2.0, 0.0, interleaved, shift_first, inside, flip, -1,
+            inverse,
         )
 
     # x, s, t and y; then x, s and y's gradient, and three gradients. Where the scale takes in t, backward reads it too.

@@ -49,8 +49,8 @@ class Flow(Model):
     ``memory="reversible"`` runs each network twice, so those must be functions of their input: dropout and batch norm
     are refused. A `MixtureCoupling` keeps the half that it transforms, since it has flat stretches; of the others the
     inverse must have the digits: where an input does not come back the backward pass raises on a CPU and has NaN
-    gradients elsewhere. It composes with autocast and DDP (not with FSDP), has no second derivative, and cannot be part of a
-    graph of `torch.compile`: `compile` compiles the networks of the couplings one by one instead.
+    gradients elsewhere. It composes with autocast and DDP (not with FSDP), has no second derivative, and cannot be part
+    of a graph of `torch.compile`: `compile` compiles the networks of the couplings one by one instead.
 
     Raises:
         TypeError, ValueError: an argument has a value that it cannot have.
