@@ -169,7 +169,7 @@ def tests(options: argparse.Namespace) -> int:
     env = {"GENFAST_TEST_DEVICES": "cpu" if options.dry_run else "cuda"}
     toy = ["-k", "kl_normal and matches"] if options.dry_run else []
     files = ["functional", "test_random.py", "test_philox_kernel.py", "test_register.py", "test_profiling.py"]
-    files += ["bench/test_timing.py", "bench/test_chains.py"]
+    files += ["bench/test_timing.py", "bench/test_chains.py", "flows/test_linear.py"]
     part.run("noise, GPU against CPU", _own("noise"), _toy(options))
     workers = min(8, (os.cpu_count() or 1) // 2)
     # What cannot be imported for want of a package is an error, and the rest runs all the same.
@@ -262,8 +262,8 @@ def train(options: argparse.Namespace) -> int:
                     part.save()
     part.run("noise", _pytest("benchmarks/bench_noise.py", *figures), tests=True)
     if not options.dry_run:
-        # What diffusion adds to a step, and a sampling loop.
-        for name in ("noising_and_loss", "sampling"):
+        # What diffusion adds to a step, a sampling loop, and flows: a step beside normflows', and memory over depth.
+        for name in ("noising_and_loss", "sampling", "flow_step", "flow_memory"):
             part.run(name, _pytest(f"benchmarks/bench_{name}.py", *figures), tests=True)
     # Last, since it compiles the most, and keeps what it has when the time is over.
     steps = ["benchmarks/bench_training_step.py", *toy]
