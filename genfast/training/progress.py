@@ -41,12 +41,14 @@ def _word(name: str, value: float) -> str:
 
 
 def digits(value: float, decimals: int = 2) -> str:
-    """A number with so many decimals, and with four where its size is below 1.
+    """A number with so many decimals, with four where its size is below 1, and with two digits where it is tiny.
 
     Example:
-        >>> digits(110.25), digits(0.03127)
-        ('110.25', '0.0313')
+        >>> digits(110.25), digits(0.03127), digits(1.1082e-05)
+        ('110.25', '0.0313', '1.1e-05')
     """
+    if 0 < abs(value) < 0.0005:
+        return f"{value:.1e}"
     return f"{value:.{decimals if abs(value) >= 1 else 4}f}"
 
 
