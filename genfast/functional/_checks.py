@@ -35,7 +35,8 @@ def same_shape(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
 
 def non_negative(name: str, value: float) -> float:
     """A finite number that is not below zero, as a float: kernels are specialised by the kind of a number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+    # numpy's numbers and tensors of one element also count.
+    if value is None or isinstance(value, (bool, str)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     # One chained comparison: it refuses NaN, and the compiler can guard it for a symbolic value.
     if not 0 <= value < math.inf:

@@ -6,7 +6,7 @@ import functools
 import inspect
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -396,6 +396,8 @@ class Flow(Model):
         return x if x.dtype == torch.uint8 else wide(x)
 
     def _check_dtype(self, name: str, x: Tensor) -> None:
+        if next(self._float_tensors(), None) is None:
+            return
         if self.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"parameters: expected fp32 (autocast runs the networks in 16 bits), got {self.dtype}")
         if x.is_floating_point() and wide(x).dtype != self.dtype:
@@ -420,8 +422,10 @@ class Flow(Model):
         return self._latent_shapes
 
     def _any_tensor(self) -> Tensor:
-        parameters = itertools.chain(self.parameters(), (b for b in self.buffers() if b.is_floating_point()))
-        return next(parameters, torch.empty(0, dtype=torch.float32))
+        return next(self._float_tensors(), torch.empty(0, dtype=torch.float32))
+
+    def _float_tensors(self) -> Iterator[Tensor]:
+        return itertools.chain(self.parameters(), (b for b in self.buffers() if b.is_floating_point()))
 
 
 def _flat(latents: list[State]) -> Tensor:
