@@ -81,6 +81,20 @@ class Model(nn.Module, PyTorchModelHubMixin, library_name="genfast"):
         """The loss of a batch, and its parts, as scalars: each family says which."""
         raise NotImplementedError(f"{type(self).__name__} defines no loss")
 
+    def make_optimizer(self, lr: float, fused: bool = False) -> torch.optim.Optimizer:
+        """The optimizer that this family is usually trained with; `genfast.fit` asks for it where none is given.
+
+        Args:
+            lr: its learning rate.
+            fused: as of `torch.optim.Adam`.
+
+        Example:
+            >>> from genfast.models import VAE
+            >>> VAE().make_optimizer(lr=1e-3).defaults["lr"]
+            0.001
+        """
+        return torch.optim.Adam(self.parameters(), lr=lr, fused=fused)
+
     def compile(self, **kwargs: Any) -> None:
         """Compile ``forward`` and ``loss`` in place, one full graph each (`nn.Module.compile` compiles forward alone).
 
@@ -115,7 +129,7 @@ class Model(nn.Module, PyTorchModelHubMixin, library_name="genfast"):
         state = super().__getstate__()
         if "_compile_options" in state:
             # It is bound to this object: a copy that carried it along would train this object's weights.
-            del state["loss"]
+            state.pop("loss", None)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -610,6 +624,17 @@ class LatentImageModel(Model):
 def wide(x: Tensor) -> Tensor:
     """At least fp32: what sums over a sample are made of."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def on_the_arc(z0: Tensor, z1: Tensor, t: float) -> Tensor:
+    """A point of the arc between codes [B, D]: those of N(0, I) lie near a sphere, which a straight line leaves."""
+    cosine = torch.cosine_similarity(z0, z1, dim=1, eps=1e-12).clamp(-1, 1).unsqueeze(1)
+    angle = torch.acos(cosine)
+    sine = torch.sin(angle)
+    first, second = torch.sin((1 - t) * angle) / sine, torch.sin(t * angle) / sine
+    # Where the codes are one, or opposite, there is no arc.
+    flat = sine < 1e-4
+    return torch.where(flat, 1 - t, first) * z0 + torch.where(flat, t, second) * z1
 
 
 def check_images(name: str, x: Tensor, image_shape: tuple[int, ...], bools: bool = False) -> Tensor:

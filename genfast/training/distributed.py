@@ -127,6 +127,24 @@ def share_buffers(model: nn.Module) -> None:
         dist.broadcast(buffer, src=0)
 
 
+def share_weights(model: nn.Module) -> None:
+    """Give all processes rank 0's parameters and buffers."""
+    for parameter in model.parameters():
+        dist.broadcast(parameter.detach(), src=0)
+    share_buffers(model)
+
+
+def average(gradients: list[Tensor]) -> None:
+    """Replace gradients by their means over the processes: one exchange for each dtype."""
+    for dtype in {gradient.dtype for gradient in gradients}:
+        alike = [gradient for gradient in gradients if gradient.dtype == dtype]
+        together = torch.cat([gradient.flatten() for gradient in alike])
+        dist.all_reduce(together)
+        together /= ranks()[1]
+        for gradient, mean in zip(alike, together.split([gradient.numel() for gradient in alike]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
+
+
 def _meeting_point() -> torch.device:
     """Where a tensor must be for all processes to exchange it."""
     gloo = "gloo" in str(dist.get_backend_config())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,9 @@ __all__ = ["EMA"]
 
 class EMA:
     """Exponential moving average of the parameters; buffers are taken over as they are.
+
+    A model's attribute ``averaged``, where it is not empty, names the submodules whose parameters are averaged, as the
+    generator of a GAN; the others are taken over as they are, too.
 
     After n updates the next one moves the average ``1 - min(decay, (1 + n) / (10 + n))`` of the way to the weights, so
     that the initial weights are soon forgotten. All of it is done on the device, and can be held by a CUDA graph.
@@ -40,8 +44,13 @@ class EMA:
             raise ValueError(f"ema_decay: expected a number between 0 and 1, got {decay}")
         self.decay = decay
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
-        self._average, self._weights = list(self.module.parameters()), list(model.parameters())
-        self._buffers = list(zip(self.module.buffers(), model.buffers(), strict=True))
+        averaged = tuple(f"{name}." for name in getattr(model, "averaged", ()))
+        names = [name for name, _ in model.named_parameters() if not averaged or name.startswith(averaged)]
+        self._average, self._weights = ([of.get_parameter(name) for name in names] for of in (self.module, model))
+        self._own = {id(parameter) for parameter in self._weights}
+        copied = [*zip(self.module.parameters(), model.parameters(), strict=True)]
+        copied = [(copy, weight) for copy, weight in copied if id(weight) not in self._own]
+        self._copied = [*copied, *zip(self.module.buffers(), model.buffers(), strict=True)]
         device = self._weights[0].device if self._weights else None
         self.updates = torch.zeros((), device=device)
 
@@ -61,8 +70,12 @@ class EMA:
         way = torch._foreach_sub(self._weights, self._average)
         torch._foreach_mul_(way, move)
         torch._foreach_add_(self._average, way)
-        for average, buffer in self._buffers:
-            average.copy_(buffer)
+        for taken_over, tensor in self._copied:
+            taken_over.copy_(tensor)
+
+    def averages(self, parameters: Iterable[nn.Parameter]) -> bool:
+        """Whether one of the model's parameters is among those that are averaged."""
+        return any(id(parameter) in self._own for parameter in parameters)
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:

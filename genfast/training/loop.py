@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import chain, islice
 from typing import Any, Literal, get_args
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from genfast import profiling, random
-from genfast.models.base import evaluating
+from genfast.models.base import Model, evaluating
 from genfast.training import distributed
 from genfast.training.checkpoint import optimizer_state
 from genfast.training.data import ImageBatches
@@ -34,7 +35,7 @@ Precision = Literal["highest", "high", "medium"]
 _LOOK_SECONDS, _LOOK_STEPS = 1.0, 1000
 
 
-class History(list[dict[str, float]]):
+class History(list[dict[str, Any]]):
     """A row per epoch, and why the run ended.
 
     Attributes:
@@ -105,7 +106,7 @@ def fit(
         batch_size: images per step, of all processes together.
         test_data: like `data`; evaluated with the same noise each time, in batches four times as large.
         evaluate_every: epochs between evaluations; there is one after the last epoch in any case.
-        optimizer: Adam over all parameters if None.
+        optimizer: what the model's ``make_optimizer`` gives if None: Adam over all parameters, but for a GAN's betas.
         lr: learning rate of that Adam.
         lr_schedule: "constant", or "cosine" or "linear" from `lr` down to 0 over the whole run.
         warmup_steps: steps in which the learning rate rises linearly to what the schedule says.
@@ -134,7 +135,8 @@ def fit(
         A row per epoch: "epoch" (from 1; a fraction where the time ran out within one), the means over the epoch of
         the parts of the loss ("loss", "nll", "kl", ...: nats per image) and of "grad_norm", "seconds" and
         "images_per_second" of training; where the test data was evaluated, its parts as "test_loss", ..., and
-        "test_elbo" for models with a KL term.
+        "test_elbo" for models with a KL term; "warning" where the model's ``diagnose`` finds something to say, as that
+        a GAN has collapsed.
 
     Raises:
         TypeError: `data` is of another kind, or not uint8.
@@ -207,7 +209,7 @@ def fit(
             if not (lr > 0 and math.isfinite(lr)):
                 raise ValueError(f"lr: expected a positive number, got {lr}")
             settings["lr"] = lr
-            optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=device.type in ("cpu", "cuda"))
+            optimizer = _make_optimizer(model, lr, fused=device.type in ("cpu", "cuda"))
         elif checkpoints is not None:
             settings["optimizer"] = [type(optimizer).__name__, optimizer_state(optimizer)[1]["groups"]]
         saver = None
@@ -374,6 +376,10 @@ class _Run:
         row |= {"seconds": seconds, "images_per_second": images / seconds}
         if not math.isfinite(row.get("test_loss", 0.0)):
             raise FloatingPointError(f"epoch {self.epoch}: test loss is {row['test_loss']}{self._last_checkpoint()}")
+        diagnose = getattr(self.step.model, "diagnose", None)
+        warning = None if diagnose is None else diagnose(row)
+        if warning is not None:
+            row["warning"] = warning
         self.history.append(row)
         if whole:
             self.epoch, self.batch, self.elapsed = self.epoch + 1, 0, 0.0
@@ -485,6 +491,11 @@ def _scheduler(
         return rising * falling[schedule]
 
     return LambdaLR(optimizer, factor)
+
+
+def _make_optimizer(model: nn.Module, lr: float, fused: bool) -> torch.optim.Optimizer:
+    make = model.make_optimizer if isinstance(model, Model) else partial(torch.optim.Adam, model.parameters())
+    return make(lr=lr, fused=fused)
 
 
 def _reset_lr(optimizer: torch.optim.Optimizer) -> None:

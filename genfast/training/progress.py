@@ -98,10 +98,14 @@ class Progress:
             self.refreshed = now
 
     def end_epoch(self, row: dict[str, float]) -> None:
-        if self.bar is not None:
-            self.bar.console.print(describe(row, self.epochs), highlight=False)
-        elif self.show:
-            print(describe(row, self.epochs), flush=True)
+        lines = [describe(row, self.epochs)]
+        if "warning" in row:
+            lines.append(f"epoch {row['epoch']}: {row['warning']}")
+        for line in lines:
+            if self.bar is not None:
+                self.bar.console.print(line, highlight=False)
+            elif self.show:
+                print(line, flush=True)
 
 
 @contextmanager

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial, reduce
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -29,6 +30,8 @@ _INITIAL_SCALE, _GROWTH_INTERVAL = 2.0**16, 2000
 _SMALLEST_SCALE = 2.0**-14
 # Gradients that are all 0 would let it grow for ever.
 _LARGEST_SCALE = 2.0**32
+# Of a model that is trained as a whole.
+_ONE_TURN = ("",)
 
 
 class TrainStep:
@@ -41,6 +44,13 @@ class TrainStep:
 
     Under torch.distributed the gradients are averaged over the processes: by DDP, which is set up here, or by FSDP2 for
     a model that `shard` has split. Every process takes the same number of steps with batches of one size.
+
+    A model whose networks take turns, as those of a GAN, has ``turns(step) -> tuple[str, ...]``, the turns of the step
+    of that number (from 0), and ``turn_parameters(turn)``, whose loss ``loss(x, turn=turn, ...)`` lowers. They are
+    taken in that order within one step, on one batch and one seed, each with gradients, clipping and an update of its
+    parameters alone; a turn whose gradients are not finite changes nothing. One optimizer holds all parameters, and
+    there is one CUDA graph for each different tuple. The step's "loss" is the sum of the turns', its "grad_norm" that
+    of all gradients together.
 
     Args:
         model: has ``loss(x, *, seed, row_offset, ...) -> {"loss": scalar, ...parts}``, as every genfast model.
@@ -114,6 +124,9 @@ class TrainStep:
             raise TypeError(f"model: expected a loss(x, *, seed, row_offset), got a {type(model).__name__} without one")
         self.device = self._parameters[0].device
         self._sharded = distributed.is_sharded(model)
+        self._takes_turns = all(callable(getattr(model, name, None)) for name in ("turns", "turn_parameters"))
+        if self._takes_turns and self._sharded:
+            raise ValueError(f"model: expected one that is not sharded where networks take turns, got {type(model)}")
         if self._sharded and ema_decay is not None:
             raise ValueError(f"ema_decay: expected None for a model that is sharded, got {ema_decay}")
         fused = getattr(optimizer, "_step_supports_amp_scaling", False)
@@ -134,9 +147,12 @@ class TrainStep:
             scale = _INITIAL_SCALE if amp_dtype is torch.float16 else 1.0
             self._scale, self._growth = torch.tensor(scale), torch.zeros((), dtype=torch.int64)
             self._one = torch.ones((), dtype=torch.float64)
-        self._names: list[str] = []
-        self._sums: Tensor | None = None
-        self._captured: Captured[dict[str, Tensor]] | None = None
+        # Steps of different turns have other parts, and a graph holds on to the sums that it writes.
+        self._names: dict[str, list[str]] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._captured: dict[str, Captured[dict[str, Tensor]]] = {}
+        # The same as `_taken`, for the host.
+        self._steps = 0
         self._fixed: tuple[Tensor, Tensor, int] | None = None
 
     def _choose(self, mode: Mode) -> Literal["eager", "graph"]:
@@ -206,6 +222,10 @@ class TrainStep:
             # nn.Module.compile covers forward alone.
             loss = torch.compile(model.loss)
         if distributed.ranks()[1] > 1 and not self._sharded:
+            if self._takes_turns:
+                # DDP expects every parameter to have a gradient at every backward.
+                distributed.share_weights(model)
+                return loss
             return distributed.data_parallel(model, loss, self.device)
         return loss
 
@@ -230,14 +250,15 @@ class TrainStep:
         """
         if self.mode == "graph":
             self._follow_options()
+        turns = self.model.turns(self._steps) if self._takes_turns else _ONE_TURN
         if batch is None:
             if self.source is None:
                 raise ValueError("batch: expected a tensor where the step has no source, got None")
             if self.source.left == 0:
                 raise ValueError("source: expected start(epoch) before this step, got none, or no batch is left of it")
             self.source.left -= 1
-            advance = self._advance_from_source
-            values = self._replay(advance) if self.mode == "graph" else advance()
+            advance = partial(self._advance_from_source, turns)
+            values = self._replay(turns, advance) if self.mode == "graph" else advance()
         else:
             if len(batch) == 0:
                 raise ValueError(f"batch: expected at least one row, got shape {list(batch.shape)}")
@@ -245,9 +266,10 @@ class TrainStep:
             seed = random.as_seed(seed, batch.device)
             # There is one graph: that of the source, if there is one.
             if self.mode == "graph" and self.source is None and self._fits(batch, seed, row_offset):
-                values = self._replay(lambda: self._advance(*self._fixed))
+                values = self._replay(turns, lambda: self._advance(turns, *self._fixed))
             else:
-                values = self._advance(batch, seed, row_offset)
+                values = self._advance(turns, batch, seed, row_offset)
+        self._steps += 1
         if self.scheduler is not None:
             self.scheduler.step()
         return values
@@ -264,23 +286,49 @@ class TrainStep:
         fixed_seed.copy_(seed)
         return True
 
-    def _replay(self, function: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        if self._captured is None:
-            self._captured = Captured(function, self.device)
-        return self._captured()
+    def _replay(self, turns: tuple[str, ...], function: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        key = "+".join(turns)
+        if key not in self._captured:
+            self._captured[key] = Captured(function, self.device)
+        return self._captured[key]()
 
-    def _advance_from_source(self) -> dict[str, Tensor]:
+    def _advance_from_source(self, turns: tuple[str, ...]) -> dict[str, Tensor]:
         with profiling.range("data"):
             batch, seed = self.source.take()
-        return self._advance(batch, seed, self.source.row_offset)
+        return self._advance(turns, batch, seed, self.source.row_offset)
 
-    def _advance(self, batch: Tensor, seed: Tensor, row_offset: int) -> dict[str, Tensor]:
+    def _advance(self, turns: tuple[str, ...], batch: Tensor, seed: Tensor, row_offset: int) -> dict[str, Tensor]:
         """The whole step: no value is read on the host, unless the optimizer cannot skip by itself."""
+        taken = [self._take_turn(turn, batch, seed, row_offset) for turn in turns]
+        values: dict[str, Tensor] = {}
+        for parts, _, _ in taken:
+            # Each network's parts have names of their own.
+            values |= parts
+        if len(taken) > 1:
+            values["loss"] = torch.stack([parts["loss"] for parts, _, _ in taken]).sum()
+            values["grad_norm"] = torch.stack([parts["grad_norm"] for parts, _, _ in taken]).norm()
+        accepted = reduce(torch.logical_and, [accepted for _, accepted, _ in taken])
+        with torch.no_grad(), profiling.range("optimizer"):
+            if self.ema is not None:
+                # Counted are the updates of what is averaged.
+                moved = not self._takes_turns or any(self.ema.averages(self.model.turn_parameters(t)) for t in turns)
+                self.ema.update(accepted & moved)
+            finite = reduce(torch.logical_and, [finite for _, _, finite in taken])
+            self._account("+".join(turns), values, len(batch), accepted, finite)
+        return values
+
+    def _take_turn(
+        self, turn: str, batch: Tensor, seed: Tensor, row_offset: int
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Update the parameters whose turn it is: the loss's parts, whether that was done, whether they are finite."""
         self.optimizer.zero_grad(set_to_none=True)
         buffers = [buffer.clone() for buffer in self._buffers]
-        values, finite = self._backward(batch, seed, row_offset)
+        with self._turn(turn) as options:
+            values, finite = self._backward(batch, seed, row_offset, options)
         with torch.no_grad(), profiling.range("optimizer"):
             grads = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+            if self._takes_turns and distributed.ranks()[1] > 1:
+                distributed.average(grads)
             norm = _full(nn.utils.get_total_norm(grads)).float() / self._scale
             # A loss that is not finite has made the gradients NaN, those of the other processes too, unless the
             # model's backward masks them: then this process alone knows.
@@ -288,13 +336,28 @@ class TrainStep:
             self._update(norm, accepted)
             for buffer, before in zip(self._buffers, buffers, strict=True):
                 buffer.copy_(torch.where(accepted, buffer, before))
-            if self.ema is not None:
-                self.ema.update(accepted)
             values["grad_norm"] = norm
-            self._account(values, len(batch), accepted, finite)
-        return values
+        return values, accepted, finite
 
-    def _backward(self, batch: Tensor, seed: Tensor, row_offset: int) -> tuple[dict[str, Tensor], Tensor]:
+    @contextmanager
+    def _turn(self, turn: str) -> Iterator[dict[str, Any]]:
+        """The options of a turn's loss; inside the block its parameters alone require gradients."""
+        if not self._takes_turns:
+            yield self.loss_options
+            return
+        own = {id(parameter) for parameter in self.model.turn_parameters(turn)}
+        frozen = [p for p in self.model.parameters() if p.requires_grad and id(p) not in own]
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        try:
+            yield {**self.loss_options, "turn": turn}
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+
+    def _backward(
+        self, batch: Tensor, seed: Tensor, row_offset: int, options: Mapping[str, Any]
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """Gradients of the batch's mean loss, its parts, and whether it is finite."""
         # As few as there are rows, and none of them empty.
         pieces = batch.tensor_split(min(self.micro_batches, len(batch)))
@@ -308,8 +371,8 @@ class TrainStep:
                     cache_enabled=self.mode != "graph",
                 )  # fmt: skip
                 with autocast:
-                    parts = self._loss(piece, seed=seed, row_offset=row_offset, **self.loss_options)
-                if self._sums is None:
+                    parts = self._loss(piece, seed=seed, row_offset=row_offset, **options)
+                if self._steps == 0 or self._takes_turns:
                     _check_parts(parts)
                 loss = parts["loss"]
                 # The share of a finite loss, and NaN for any other, whose gradients might be finite.
@@ -360,14 +423,16 @@ class TrainStep:
             self._scale.mul_(torch.where(accepted, torch.where(grown, 2.0, 1.0), 0.5)).clamp_(max=_LARGEST_SCALE)
             self._growth.copy_(torch.where(accepted & ~grown, self._growth + 1, 0))
 
-    def _account(self, values: dict[str, Tensor], rows: int, accepted: Tensor, finite: Tensor) -> None:
+    def _account(
+        self, turns: str, values: dict[str, Tensor], rows: int, accepted: Tensor, finite: Tensor
+    ) -> None:
         """Add to the sums that `means` reads, and remember the first failure."""
-        if self._sums is None:
-            self._names = list(values)
-            self._sums = torch.zeros(len(values) + 1, dtype=torch.float64, device=self.device)
+        if turns not in self._sums:
+            self._names[turns] = list(values)
+            self._sums[turns] = torch.zeros(len(values) + 1, dtype=torch.float64, device=self.device)
         # fp64: sums over a large set would otherwise lose the digits that are reported.
         row = torch.stack([value.to(self.device, torch.float64) for value in values.values()] + [self._one])
-        self._sums += torch.where(accepted & finite, row, 0.0) * rows
+        self._sums[turns] += torch.where(accepted & finite, row, 0.0) * rows
         self._taken += 1
         # With a loss scale, gradients that overflow are part of the search for the scale.
         fine = finite & (self._scale >= _SMALLEST_SCALE if self.amp_dtype is torch.float16 else accepted)
@@ -397,13 +462,19 @@ class TrainStep:
         Raises:
             ValueError: there was no step since the last call.
         """
-        if self._sums is None:
+        if not self._sums:
             raise ValueError("means: expected a step before it, got none")
-        sums = distributed.add_up(self._sums.clone()).tolist()
-        self._sums.zero_()
-        images = sums.pop()
-        named = zip(self._names, sums, strict=True)
-        return {**{name: total / images if images else math.nan for name, total in named}, "images": images}
+        totals: dict[str, float] = {}
+        images: dict[str, float] = {}
+        for turns, sums in self._sums.items():
+            *row, count = distributed.add_up(sums.clone()).tolist()
+            sums.zero_()
+            for name, total in zip(["images", *self._names[turns]], [count, *row], strict=True):
+                totals[name] = totals.get(name, 0.0) + total
+                images[name] = images.get(name, 0.0) + count
+        counted = totals.pop("images")
+        means = {name: total / images[name] if images[name] else math.nan for name, total in totals.items()}
+        return {**means, "images": counted}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What continues the steps elsewhere, beside the states of model, average and optimizer: tensors and others.
@@ -411,8 +482,7 @@ class TrainStep:
         Of all processes, which call it together.
         """
         tensors = {"taken": self._taken, "failed": self._failed, "scale": self._scale, "growth": self._growth}
-        if self._sums is not None:
-            tensors["sums"] = distributed.add_up(self._sums.clone())
+        tensors |= {f"sums{turns}": distributed.add_up(sums.clone()) for turns, sums in self._sums.items()}
         if self.ema is not None:
             tensors["ema_updates"] = self.ema.updates
         scheduler = None if self.scheduler is None else _without_tensors(self.scheduler.state_dict())
@@ -424,14 +494,13 @@ class TrainStep:
         self._failed.copy_(tensors["failed"])
         self._scale.copy_(tensors["scale"])
         self._growth.copy_(tensors["growth"])
-        self._names = list(rest["names"])
-        if "sums" in tensors and self._sums is not None:
-            self._sums.copy_(tensors["sums"])
-        else:
-            self._sums = tensors["sums"].to(self.device) if "sums" in tensors else None
-        if self._sums is not None and distributed.ranks()[0] > 0:
+        self._steps = int(tensors["taken"])
+        self._names = {turns: list(names) for turns, names in rest["names"].items()}
+        self._sums = {turns: tensors[f"sums{turns}"].to(self.device, copy=True) for turns in self._names}
+        if distributed.ranks()[0] > 0:
             # They are of all processes: rank 0 carries them on.
-            self._sums.zero_()
+            for sums in self._sums.values():
+                sums.zero_()
         if self.ema is not None:
             self.ema.updates.copy_(tensors["ema_updates"])
         if self.scheduler is not None:

@@ -18,7 +18,7 @@ __all__ = ["Board"]
 _SAMPLES = 64
 # Of a model that takes many steps: as dear as training on about 130 images.
 _FEW, _STEPS = 16, 25
-_NOT_SHOWN = ("epoch",)
+_NOT_SHOWN = ("epoch", "warning")
 
 
 class Board:

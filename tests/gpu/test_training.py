@@ -126,7 +126,7 @@ def agree(graph, eager, data, first=0):
 
 
 def captured(step):
-    return step._captured is not None and step._captured.graph is not None
+    return bool(step._captured) and all(one.graph is not None for one in step._captured.values())
 
 
 OPTIMIZERS = {
@@ -143,6 +143,42 @@ OPTIONS = {
     "all": {"grad_clip": 0.5, "ema_decay": 0.9, "micro_batches": 3, "loss_options": {"beta": 4.0}},
     "float16": {"amp_dtype": torch.float16, "grad_clip": 0.5, "ema_decay": 0.9},
 }
+
+
+class Taking(Noisy):
+    """`mean` and `scale` take turns, in every third step `mean` alone."""
+
+    averaged = ()
+
+    def turns(self, step):
+        return ("mean",) if step % 3 == 2 else ("mean", "scale")
+
+    def turn_parameters(self, turn):
+        return [getattr(self, turn)]
+
+    def loss(self, x, *, turn, **options):
+        parts = super().loss(x, **options)
+        return {"loss": parts["loss"], turn: parts["error"]}
+
+
+@pytest.mark.parametrize("sourced", [False, True])
+@pytest.mark.parametrize("options", ["plain", "all"])
+def test_turns_have_a_graph_for_each_tuple_of_them(options, sourced, images):
+    if sourced:
+        feed = DeviceDataset(images, DEVICE).feed
+        graph, eager = pair(noisy(Taking), source=lambda: feed(BATCH, seed=3), **OPTIONS[options])
+        for step in (graph, eager):
+            step.source.start(1)
+        for _ in range(15):
+            got = {name: value.clone() for name, value in graph().items()}
+            same(got, eager())
+    else:
+        graph, eager = pair(noisy(Taking), **OPTIONS[options])
+        agree(graph, eager, batches(images, 15))
+    same(state(graph), state(eager))
+    assert set(graph._captured) == {"mean", "mean+scale"}
+    assert captured(graph)
+    assert graph.means() == eager.means()
 
 
 @pytest.mark.parametrize("options", OPTIONS)

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 import genfast
 from genfast.random import derive_seed
 from genfast.training import DeviceDataset, Interrupted, TrainStep, evaluate, launched, load_dataset, ranks, shard
+from tests.training.turns import Duel
 
 # A process that hangs shows where, and ends.
 PATIENCE = 300
@@ -120,6 +121,7 @@ def everything_equal():
             size: evaluate(small(), load_dataset("digits").test[TESTED], batch_size=size, seed=4) for size in (4, 16)
         },
         "uneven stream": train(small(), Stream(5 * BATCH), epochs=2),
+        "turns": train(Duel(), micro_batches=2, ema_decay=0.5),
     }
 
 

@@ -154,6 +154,10 @@ def test_a_stream_trains(one, many):
     assert_agree(same([process["uneven stream"] for process in many]), one["uneven stream"])
 
 
+def test_networks_that_take_turns(one, many):
+    assert_agree(same([process["turns"] for process in many]), one["turns"])
+
+
 def test_a_streams_last_smaller_batch_is_left_out(two):
     for process in two:
         assert process["shorter stream"]["history"] == process["uneven stream"]["history"]
@@ -259,7 +263,8 @@ def test_a_sharded_model_is_evaluated_where_a_process_has_no_images(sharded):
 def test_a_sharded_models_resume_is_bit_for_bit(sharded):
     for process in sharded[0]:
         assert process["message"] == "stopped by SIGTERM"
-        assert process["steps"] == ["step-00000004", "step-00000008"]
+        # The signal comes in step 7, and is seen at the next common look: at once where steps are slow.
+        assert process["steps"] in (["step-00000004", f"step-0000000{seen}"] for seen in (7, 8))
         assert process["resumed"]["history"] == process["fsdp"]["plain"]["history"]
         assert_equal_weights(process["resumed"]["weights"], process["fsdp"]["plain"]["weights"])
 
