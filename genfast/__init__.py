@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "VAE": "genfast.models",
     "DDPM": "genfast.models",
+    "GAN": "genfast.models",
     "AutoEncoder": "genfast.models",
     "Flow": "genfast.models",
     "FlowPlusPlus": "genfast.models",
@@ -23,6 +24,7 @@ _SUBMODULES = (
     "flows",
     "functional",
     "integrations",
+    "metrics",
     "models",
     "profiling",
     "random",
@@ -33,6 +35,7 @@ _SUBMODULES = (
 
 __all__ = [
     "DDPM",
+    "GAN",
     "VAE",
     "AutoEncoder",
     "Flow",
@@ -45,6 +48,7 @@ __all__ = [
     "flows",
     "functional",
     "integrations",
+    "metrics",
     "models",
     "profiling",
     "random",
@@ -54,8 +58,19 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from genfast import flows, functional, integrations, models, profiling, random, reference, schedules, training
-    from genfast.models import DDPM, VAE, AutoEncoder, Flow, FlowPlusPlus, Glow, RealNVP, UNet
+    from genfast import (
+        flows,
+        functional,
+        integrations,
+        metrics,
+        models,
+        profiling,
+        random,
+        reference,
+        schedules,
+        training,
+    )
+    from genfast.models import DDPM, GAN, VAE, AutoEncoder, Flow, FlowPlusPlus, Glow, RealNVP, UNet
     from genfast.training import fit
 
 

@@ -1,4 +1,4 @@
-"""The command line: train, sample, evaluate, info, check, bench."""
+"""The command line: train, sample, evaluate, report, info, check, bench."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import math
 import platform
 import signal
 import sys
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +25,9 @@ from genfast.bench import cli as bench
 from genfast.models import registry
 from genfast.models.diffusion import DDPM, Variance
 from genfast.models.flow_presets import Dequantization, Memory
-from genfast.run import CHECKPOINTS, TENSORBOARD, RunFolder, check_out, make_folder, read_settings
+from genfast.models.gan import Loss as GANLoss
+from genfast.run import check_out, make_folder, read_settings
+from genfast.train import evaluation_interval, train_into
 from genfast.training import loop
 from genfast.training.progress import counting, digits
 from genfast.training.step import Mode
@@ -45,6 +46,8 @@ app.add_typer(bench.app, name="bench")
 _IMAGES_SEEN = 250_000
 _EPOCHS = (10, 100)
 _BATCH_SIZE = 128
+# As they are written on the command line: one of them has a hyphen in Python too.
+_GAN_LOSSES = {name.replace("_", "-"): name for name in get_args(GANLoss)}
 # Images in a video.
 _IN_VIDEO = 64
 
@@ -122,7 +125,8 @@ def train(
     ] = None,
     latent_dim: Annotated[int | None, typer.Option(min=1, help="Size of the latent code.")] = None,
     preset: Annotated[
-        str | None, typer.Option(help=_default("preset", "Networks: mlp or conv; else tiny, small or base."))
+        str | None,
+        typer.Option(help=_default("preset", "Networks: mlp or conv, of gan dcgan or mlp; else tiny, small or base.")),
     ] = None,
     likelihood: Annotated[str | None, typer.Option(help="bernoulli or gaussian.")] = None,
     beta: Annotated[float | None, typer.Option(help="Weight of the KL term in training.")] = None,
@@ -155,6 +159,17 @@ def train(
     ] = None,
     memory: Annotated[
         str | None, typer.Option(help="Of flows: ordinary; checkpoint, or reversible: activations are computed again.")
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option(min=1, help=_default("width", "Of gan: channels of its widest maps."))
+    ] = None,
+    gan_loss: Annotated[str | None, typer.Option(help=f"Of gan: {', '.join(_GAN_LOSSES)}.")] = None,
+    r1: Annotated[float | None, typer.Option(help=_default("r1", "Of gan: weight of the penalty R1; 0: none."))] = None,
+    spectral_norm: Annotated[
+        bool | None, typer.Option(help="Of gan: spectral normalization of the discriminator.")
+    ] = None,
+    n_critic: Annotated[
+        int | None, typer.Option(min=1, help="Of gan: steps of the discriminator for one of the generator.")
     ] = None,
     fused: Annotated[bool | None, typer.Option(help="Fused ops, or the ordinary PyTorch chain.")] = None,
     seed: Annotated[int, typer.Option(callback=_seed, help="Of initial weights, order and noise.")] = 0,
@@ -208,17 +223,20 @@ _NOT_TAKEN_OVER = {"device", "time", "out", "resume", "overwrite"}
 # Those that not every family has.
 _MODEL_OPTIONS = (
     "latent_dim", "preset", "likelihood", "fused", "beta", "free_bits", "schedule", "num_steps", "objective",
-    "weighting", "gamma", "variance", "arch", "dequantization", "memory",
+    "weighting", "gamma", "variance", "arch", "dequantization", "memory", "width", "gan_loss", "r1", "spectral_norm",
+    "n_critic",
 )  # fmt: skip
 # Those whose values are names, with hyphens here and underscores in Python.
-_NAMED = ("schedule", "weighting", "variance")
+_NAMED = ("schedule", "weighting", "variance", "gan_loss")
+# Options that have another name on the command line, where a loss is one of many things.
+_ARGUMENTS = {"gan_loss": "loss"}
 _AMP = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
 _CHOICES = {
     "lr_schedule": get_args(loop.Schedule), "mode": get_args(Mode), "amp": tuple(filter(None, _AMP)),
     "matmul_precision": get_args(loop.Precision), "schedule": _names(schedules.NAMES),
     "objective": schedules.OBJECTIVES, "weighting": _names(schedules.WEIGHTINGS),
     "variance": _names(get_args(Variance)), "arch": tuple(registry.get_family("flow").archs),
-    "dequantization": get_args(Dequantization), "memory": get_args(Memory),
+    "dequantization": get_args(Dequantization), "memory": get_args(Memory), "gan_loss": tuple(_GAN_LOSSES),
 }  # fmt: skip
 
 
@@ -246,11 +264,12 @@ def _train(options: SimpleNamespace, where: torch.device) -> None:
     chosen = registry.get_family(options.family)
     set_here = {name: getattr(options, name) for name in _MODEL_OPTIONS if getattr(options, name) is not None}
     for name in set_here:
-        if name not in (*chosen.build_options, *chosen.loss_options):
+        if _ARGUMENTS.get(name, name) not in (*chosen.build_options, *chosen.loss_options):
             raise ValueError(f"--{name.replace('_', '-')} is not an option of the family {options.family}")
     for name in _NAMED:
         if name in set_here:
-            set_here[name] = set_here[name].replace("-", "_")
+            given = set_here.pop(name)
+            set_here[_ARGUMENTS.get(name, name)] = _GAN_LOSSES.get(given, given.replace("-", "_"))
     build_options = {name: value for name, value in set_here.items() if name in chosen.build_options}
     loss_options = {name: value for name, value in set_here.items() if name in chosen.loss_options}
     _check_values(options)
@@ -276,8 +295,7 @@ def _train(options: SimpleNamespace, where: torch.device) -> None:
         # Whatever the model has against the data or the options comes out here, before anything is written.
         model.loss(train_data.images[:1].to(where), seed=0, **loss_options)
     if options.evaluate_every is None:
-        # An evaluated image costs up to half of one that is trained on: less than 5% of the time.
-        options.evaluate_every = max(1, math.ceil(15 * len(test_data) / len(train_data)))
+        options.evaluate_every = evaluation_interval(train_data, test_data)
     if options.epochs is None:
         options.epochs = min(max(math.ceil(_IMAGES_SEEN / len(train_data)), _EPOCHS[0]), _EPOCHS[1])
 
@@ -289,99 +307,28 @@ def _train(options: SimpleNamespace, where: torch.device) -> None:
         "data_root": None if options.data_root is None else str(options.data_root.resolve()), "device": str(where),
         "train_images": len(train_data), "test_images": len(test_data), "image_shape": list(train_data.image_shape),
     }  # fmt: skip
-    run = RunFolder(folder, settings, options.resume) if first else None
-    # The others look into the folder once it is ready.
-    training.from_first(None)
-    history: list[dict[str, float]] = []
-
-    def keep(row: dict[str, float]) -> None:
-        history.append(row)
-        run.copy_model()
-        run.write_metrics(history)
-
     try:
-        if first:
-            if options.resume:
-                history += run.history()
-            run.write_settings("running")
-            parameters = sum(parameter.numel() for parameter in model.parameters())
-            images = f"{len(train_data):,} + {len(test_data):,} images"
-            processes = "" if training.ranks()[1] == 1 else f", {training.ranks()[1]} processes"
-            at = f"{parameters:,} parameters on {where}{processes}"
-            latest = training.Checkpoints(folder / CHECKPOINTS).latest() if options.resume else None
-            resumed = "" if latest is None else f", from {latest.name}"
-            print(f"{options.family}: {at}; {splits.name}: {images}; {folder}{resumed}", flush=True)
-        status, code = _fit(options, model, train_data, test_data, loss_options, folder, keep)
-        if first:
-            if all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
-                run.save_model(model)
-                run.write_metrics(history)
-            run.write_settings(status)
+        status, code, _ = train_into(
+            folder, model, train_data, test_data, settings, name=options.family, data_name=splits.name,
+            title=f"{options.family}, {Path(options.data).name}", resume=options.resume,
+            tensorboard=options.tensorboard, evaluate_every=options.evaluate_every, epochs=options.epochs,
+            batch_size=options.batch_size, micro_batches=options.micro_batches, lr=options.lr,
+            lr_schedule=options.lr_schedule, warmup_steps=options.warmup_steps, grad_clip=options.grad_clip,
+            ema_decay=options.ema_decay, amp_dtype=_AMP[options.amp], matmul_precision=options.matmul_precision,
+            channels_last=options.channels_last, mode=options.mode, compile=options.compile, seed=options.seed,
+            loss_options=loss_options, keep=options.keep, checkpoint_every=options.checkpoint_every,
+            time_limit=options.time, patience=options.patience, log_every=options.log_every,
+        )  # fmt: skip
     except KeyboardInterrupt:
-        # A second Ctrl-C: at once, with the model in the middle of a step.
         if first:
-            run.give_up("interrupted")
             print(f"interrupted: {folder}")
         raise typer.Exit(128 + signal.SIGINT) from None
-    except FloatingPointError as error:
-        if not first:
-            raise
-        kept = _kept(run)
-        run.give_up("diverged")
-        raise FloatingPointError(f"{error}; {kept}") from error
-    except Exception:
-        if first:
-            # On a full disk this may fail too, and the first error is the one to tell.
-            with suppress(OSError):
-                run.give_up("failed")
-        raise
     if first:
-        # Whoever sends SIGTERM does not wait for pictures.
-        if not run.old and code != 128 + signal.SIGTERM:
-            title = f"{options.family}, {Path(options.data).name}"
-            images, _ = next(test_data.batches(48, seed=options.seed, shuffle=False))
-            pictures.save_pictures(model.eval(), images, folder, options.seed)
-            if history:
-                report.save_curves(history, folder / "curves.png", title)
         if status == "interrupted":
             print(f"to go on: genfast train {options.family} --out {folder} --resume")
         print(f"{status}: {folder}")
     if code:
         raise typer.Exit(code)
-
-
-def _fit(
-    options: SimpleNamespace, model: torch.nn.Module, train_data: training.DeviceDataset,
-    test_data: training.DeviceDataset, loss_options: dict[str, Any], folder: Path,
-    on_epoch: Callable[[dict[str, float]], None],
-) -> tuple[str, int]:  # fmt: skip
-    """Train; the status of the run, and the exit code."""
-    try:
-        result = training.fit(
-            model, train_data, test_data=test_data, evaluate_every=options.evaluate_every, epochs=options.epochs,
-            batch_size=options.batch_size, micro_batches=options.micro_batches, lr=options.lr,
-            lr_schedule=options.lr_schedule, warmup_steps=options.warmup_steps, grad_clip=options.grad_clip,
-            ema_decay=options.ema_decay, amp_dtype=_AMP[options.amp], matmul_precision=options.matmul_precision,
-            channels_last=options.channels_last, mode=options.mode, compile=options.compile, seed=options.seed,
-            loss_options=loss_options, checkpoints=folder / CHECKPOINTS, resume=options.resume, keep=options.keep,
-            checkpoint_every=options.checkpoint_every, time_limit=options.time, patience=options.patience,
-            tensorboard=folder / TENSORBOARD if options.tensorboard else None, log_every=options.log_every,
-            on_epoch=on_epoch,
-        )  # fmt: skip
-    except training.Interrupted as error:
-        return "interrupted", 128 + error.signal
-    if result.reason == "early" and training.ranks()[0] == 0:
-        print(f"the best checkpoint: {training.Checkpoints(folder / CHECKPOINTS).path(result.best_step)}")
-    return {"early": "stopped early", "time": "out of time"}.get(result.reason, "finished"), 0
-
-
-def _kept(run: RunFolder) -> str:
-    """Which model the folder of a run that diverged holds, in words."""
-    if run.old:
-        return f"{run.folder} still holds the run that it held"
-    if not run.copy_model():
-        return f"there is no model to keep, and --overwrite begins anew in {run.folder}"
-    return f"its model is in {run.folder}"
 
 
 def _check_values(options: SimpleNamespace) -> None:
@@ -508,6 +455,68 @@ def evaluate(
     # After the printing: a folder that cannot be written loses nothing.
     with replacing(run / "evaluation.json") as temporary:
         temporary.write_text(json.dumps(result, indent=2) + "\n")
+
+
+@app.command()
+def experiment(
+    name: Annotated[str | None, typer.Argument(help="Which; if none, they are listed.", show_default=False)] = None,
+    data: Data = "digits",
+    data_root: DataRoot = None,
+    image_size: ImageSize = None,
+    budget: Annotated[
+        float | None, typer.Option(help="Minutes of training, of all its models together. Default: its own.")
+    ] = None,
+    seed: Annotated[int, typer.Option(callback=_seed, help="Of initial weights, order and noise.")] = 0,
+    device: Device = "auto",
+    out: Annotated[Path | None, typer.Option(help="Folder of its page and runs; default: experiments/NAME.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the experiment that --out holds.")] = False,
+) -> None:
+    """Train and compare models to answer one question; write a page with pictures and tables.
+
+    The same command goes on where an earlier one was stopped.
+    """
+    from genfast.experiments import EXPERIMENTS, Settings, run_experiment
+
+    if name is None:
+        width = max(map(len, EXPERIMENTS))
+        for each in EXPERIMENTS.values():
+            print(f"{each.name:<{width}}  {each.summary} ({each.default_budget_minutes:g} min)")
+        return
+    if name not in EXPERIMENTS:
+        raise ValueError(f"NAME: expected one of {', '.join(EXPERIMENTS)}, got {name!r}")
+    budget = EXPERIMENTS[name].default_budget_minutes if budget is None else budget
+    where = str(_device(device))
+    out = out or Path("experiments") / name
+    settings = Settings(
+        out, 60 * budget, data=_source(data), data_root=data_root, image_size=image_size, seed=seed, device=where
+    )
+    try:
+        page = run_experiment(name, settings, overwrite)
+    except KeyboardInterrupt:
+        print(f"interrupted: {out}; the same command goes on from there")
+        raise typer.Exit(128 + signal.SIGINT) from None
+    for statement in page.statements:
+        print(f"- {statement}")
+    print(out / "README.md")
+
+
+@app.command("report")
+def write_report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="HTML page to write.")] = Path("report.html"),
+    sort: Annotated[str | None, typer.Option(help="Metric that orders the tables, the best first.")] = None,
+) -> None:
+    """Write one HTML page about runs: tables to sort, samples side by side, curves, settings; no network is needed.
+
+    First: genfast evaluate RUN --metrics, for each of them.
+    """
+    from genfast import html_report
+
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"--out: expected a name that ends in .html, got {out}")
+    for note in html_report.write_report(runs, out, sort):
+        print(note)
+    print(out)
 
 
 @app.command()

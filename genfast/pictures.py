@@ -13,6 +13,7 @@ from genfast import report
 from genfast.models.base import LatentImageModel, Model
 from genfast.models.diffusion import DDPM
 from genfast.models.flow_presets import FlowPreset
+from genfast.models.gan import GAN
 from genfast.training.progress import counting
 
 __all__ = ["draw", "save_paths", "save_pictures"]
@@ -71,6 +72,15 @@ def _(model: DDPM, images: Tensor, folder: Path, seed: int) -> None:
 def _(model: FlowPreset, images: Tensor, folder: Path, seed: int) -> None:
     report.save_grid(model.sample(_SAMPLES, seed=seed), folder / "samples.png")
     paths = model.interpolate(images[:10], images[:10].roll(-1, 0), seed=seed)
+    report.save_grid(paths.flatten(0, 1), folder / "interpolation.png", columns=paths.shape[1])
+
+
+@save_pictures.register
+def _(model: GAN, images: Tensor, folder: Path, seed: int) -> None:
+    report.save_grid(model.sample(_SAMPLES, seed=seed), folder / "samples.png")
+    # The codes of the first samples: the picture begins with those.
+    codes = model.latents(10, seed=seed)
+    paths = model.interpolate(codes, codes.roll(-1, 0))
     report.save_grid(paths.flatten(0, 1), folder / "interpolation.png", columns=paths.shape[1])
 
 

@@ -52,6 +52,7 @@ class Stream(enum.IntEnum):
     BINARIZE = 8
     SHUFFLE = 9
     SEED = 10
+    INTERPOLATE = 11
 
 
 def _draw_seed(device: torch.device, generator: torch.Generator | None = None) -> Tensor:

@@ -16,15 +16,19 @@ def main(checkout: Path) -> None:
     place = Path(genfast.__file__).resolve()
     if checkout.resolve() in place.parents:
         raise SystemExit(f"genfast came from the checkout: {place}")
-    for name in ("kernels.philox", "kernels.reparameterize_kl", "reference", "functional", "models", "training.data"):
+    modules = ("kernels.philox", "kernels.reparameterize_kl", "reference", "functional", "models", "training.data")
+    for name in (*modules, "metrics"):
         importlib.import_module(f"genfast.{name}")
     if importlib.util.find_spec("kernels") is not None and not Path("kernels").exists():
         raise SystemExit("the wheel installs a top-level package 'kernels'")
-    for name in ("py.typed", "data/digits.npz", "data/LICENSE-MNIST.txt"):
+    for name in ("py.typed", "data/digits.npz", "data/LICENSE-MNIST.txt", "data/digit_classifier.safetensors"):
         if not (place.parent / name).is_file():
             raise SystemExit(f"the wheel lacks {name}")
-    images = genfast.training.load_dataset("digits").train
+    splits = genfast.training.load_dataset("digits")
+    images = splits.train
     print(f"wheel: {place.parent}, {tuple(images.shape)} digits, loss", genfast.VAE().loss(images[:8])["loss"].item())
+    guesses = genfast.metrics.load_classifier()(splits.test).argmax(1)
+    print("wheel: the classifier knows", int((guesses == splits.test_labels).sum()), "of", len(guesses), "test digits")
     torch.manual_seed(0)
 
 

@@ -5,6 +5,7 @@ from genfast.models.base import Model
 from genfast.models.diffusion import DDPM
 from genfast.models.flow import Flow
 from genfast.models.flow_presets import FlowPlusPlus, Glow, RealNVP
+from genfast.models.gan import GAN
 from genfast.models.registry import FAMILIES, Family, get_family, load
 from genfast.models.unet import UNet
 from genfast.models.vae import VAE
@@ -12,6 +13,7 @@ from genfast.models.vae import VAE
 __all__ = [
     "DDPM",
     "FAMILIES",
+    "GAN",
     "VAE",
     "AutoEncoder",
     "Family",

@@ -23,7 +23,7 @@ from genfast.flows import (
     VariationalDequantize,
 )
 from genfast.functional import _checks
-from genfast.models.base import _check_sizes, check_choice, evaluating
+from genfast.models.base import _check_sizes, check_choice, evaluating, on_the_arc
 from genfast.models.flow import Flow
 from genfast.models.flow_networks import MLP, FoldRows, GatedAttentionNet, GlowNet, ResidualNet, _zeros
 
@@ -94,7 +94,7 @@ class FlowPreset(Flow):
         _checks.same_shape("x1", x1, "x0", x0)
         with evaluating(self):
             z0, z1 = (self(x, seed=seed, row_offset=row_offset)[0] for x in (x0, x1))
-            codes = torch.stack([_between(z0, z1, step / (steps - 1)) for step in range(steps)], 1)
+            codes = torch.stack([on_the_arc(z0, z1, step / (steps - 1)) for step in range(steps)], 1)
             x = self.inverse(codes.flatten(0, 1)).unflatten(0, (len(z0), steps))
         return x.float() / 255 if x.dtype == torch.uint8 else x
 
@@ -499,14 +499,3 @@ def _spread_means(last: nn.Linear | nn.Conv2d, components: int) -> None:
     with torch.no_grad():
         means = last.bias.view(2 + 3 * components, -1)[2 + components : 2 + 2 * components]
         means.copy_(torch.linspace(-2, 2, components).unsqueeze(1).expand_as(means) if components > 1 else means)
-
-
-def _between(z0: Tensor, z1: Tensor, t: float) -> Tensor:
-    """A point of the arc between codes [B, D]."""
-    cosine = torch.cosine_similarity(z0, z1, dim=1, eps=1e-12).clamp(-1, 1).unsqueeze(1)
-    angle = torch.acos(cosine)
-    sine = torch.sin(angle)
-    first, second = torch.sin((1 - t) * angle) / sine, torch.sin(t * angle) / sine
-    # Where the codes are one, or opposite, there is no arc.
-    flat = sine < 1e-4
-    return torch.where(flat, 1 - t, first) * z0 + torch.where(flat, t, second) * z1

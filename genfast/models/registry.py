@@ -14,6 +14,7 @@ from genfast.models.autoencoder import AutoEncoder
 from genfast.models.base import Model, read_config
 from genfast.models.diffusion import DDPM
 from genfast.models.flow_presets import FlowPlusPlus, Glow, RealNVP
+from genfast.models.gan import GAN
 from genfast.models.vae import VAE
 
 __all__ = ["FAMILIES", "Family", "get_family", "load"]
@@ -82,6 +83,10 @@ _FLOW_DEFAULTS = {
     "arch": "realnvp", "preset": "tiny", "batch_size": 32, "lr": 1e-3, "lr_schedule": "cosine", "warmup_steps": 100,
     "grad_clip": 50.0, "epochs": 50, "evaluate_every": 1,
 }  # fmt: skip
+_GAN_OPTIONS = (
+    "latent_dim", "preset", "width", "loss", "r1", "r1_every", "penalty", "n_critic", "spectral_norm", "batch_norm",
+)  # fmt: skip
+_GAN_DEFAULTS = {"preset": "dcgan", "width": 32, "batch_size": 64, "lr": 2e-4, "ema_decay": 0.999}
 _NETWORK_OPTIONS = ("latent_dim", "hidden_dims", "preset", "likelihood", "sigma", "fused")
 
 FAMILIES: dict[str, Family] = {
@@ -91,6 +96,7 @@ FAMILIES: dict[str, Family] = {
         Family("ae", "autoencoder", AutoEncoder, _NETWORK_OPTIONS, ()),
         Family("ddpm", "diffusion model", DDPM, _DIFFUSION_OPTIONS, (), _DIFFUSION_DEFAULTS),
         Family("flow", "normalizing flow", RealNVP, _FLOW_OPTIONS, (), _FLOW_DEFAULTS, _FLOWS),
+        Family("gan", "generative adversarial network", GAN, _GAN_OPTIONS, (), _GAN_DEFAULTS),
     )
 }
 

@@ -24,11 +24,13 @@ _TEST_EVERY = 10
 
 
 class Splits(NamedTuple):
-    """A data set in memory: `train` and `test` are uint8 [N, C, H, W]."""
+    """A data set in memory: `train` and `test` are uint8 [N, C, H, W], their labels int64 [N], or None of a folder."""
 
     name: str
     train: Tensor
     test: Tensor
+    train_labels: Tensor | None = None
+    test_labels: Tensor | None = None
 
 
 def load_dataset(
@@ -58,6 +60,8 @@ def load_dataset(
         >>> digits = load_dataset("digits")
         >>> digits.train.shape, digits.test.shape, digits.train.dtype
         (torch.Size([5000, 1, 28, 28]), torch.Size([1000, 1, 28, 28]), torch.uint8)
+        >>> digits.test_labels.bincount().tolist()
+        [100, 100, 100, 100, 100, 100, 100, 100, 100, 100]
     """
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size: expected a positive int, got {image_size}")
@@ -77,7 +81,8 @@ def load_dataset(
 def _load_digits() -> Splits:
     with (resources.files("genfast") / "data" / "digits.npz").open("rb") as file, np.load(file) as arrays:
         train, test = (torch.from_numpy(arrays[key]).unsqueeze(1) for key in ("x_train", "x_test"))
-    return Splits("digits", train, test)
+        train_labels, test_labels = (torch.from_numpy(arrays[key]).long() for key in ("y_train", "y_test"))
+    return Splits("digits", train, test, train_labels, test_labels)
 
 
 def _cache_folder() -> Path:
@@ -89,13 +94,13 @@ def _load_torchvision(name: str, root: Path) -> Splits:
 
     kind = getattr(datasets, _TORCHVISION[name])
 
-    def split(train: bool) -> Tensor:
+    def split(train: bool) -> tuple[Tensor, Tensor]:
         try:
             try:
-                images = kind(root, train=train, download=False).data
+                found = kind(root, train=train, download=False)
             except RuntimeError:
                 # Only what is not there is downloaded: a read-only root that has it works.
-                images = kind(root, train=train, download=True).data
+                found = kind(root, train=train, download=True)
         except Exception as error:
             # torchvision lets whatever its parsers and urllib raise come through.
             reason = " ".join(str(error).split()) or type(error).__name__
@@ -104,9 +109,12 @@ def _load_torchvision(name: str, root: Path) -> Splits:
                 "holds it with --data-root or GENFAST_DATA"
             ) from error
         # CIFAR-10 is a numpy array [N, H, W, C], the others are tensors [N, H, W].
-        return images.unsqueeze(1) if images.ndim == 3 else torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+        images = found.data
+        images = images.unsqueeze(1) if images.ndim == 3 else torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+        return images, torch.as_tensor(found.targets, dtype=torch.int64)
 
-    return Splits(name, split(True), split(False))
+    (train, train_labels), (test, test_labels) = split(True), split(False)
+    return Splits(name, train, test, train_labels, test_labels)
 
 
 def _resized(splits: Splits, size: int) -> Splits:
@@ -119,7 +127,7 @@ def _resized(splits: Splits, size: int) -> Splits:
         resize = torch.nn.functional.interpolate
         return torch.cat([resize(piece, (size, size), mode="bilinear", antialias=True) for piece in pieces])
 
-    return Splits(splits.name, scale(splits.train), scale(splits.test))
+    return splits._replace(train=scale(splits.train), test=scale(splits.test))
 
 
 def _load_folder(folder: Path, image_size: int | None) -> Splits:

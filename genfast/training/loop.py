@@ -368,8 +368,8 @@ class _Run:
         row = {"epoch": epoch, **means}
         last = last or not whole or self.epoch == self.epochs
         evaluated = self.test_batches is not None and (last or self.epoch % self.evaluate_every == 0)
+        self._share_buffers()
         if evaluated:
-            self._share_buffers()
             model = self.step.model if self.step.ema is None else self.step.ema.module
             tested = _evaluate(model, self.test_batches, self.seed)
             row |= {f"test_{name}": value for name, value in tested.items()}

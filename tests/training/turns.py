@@ -11,11 +11,11 @@ class Duel(nn.Module):
 
     averaged = ("second",)
 
-    def __init__(self, pixels=784):
+    def __init__(self, pixels=784, norm=True):
         super().__init__()
         torch.manual_seed(1)
         self.first, self.second = nn.Linear(pixels, 3), nn.Linear(pixels, 3)
-        self.norm = nn.BatchNorm1d(3)
+        self.norm = nn.BatchNorm1d(3) if norm else nn.Identity()
         self.asked = []
 
     def turns(self, step):

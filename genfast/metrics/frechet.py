@@ -1,0 +1,194 @@
+"""The Frechet distance between two sets of images: between the Gaussians with the moments of their features."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from genfast.metrics._images import batches, check_images
+from genfast.metrics.classifier import DigitClassifier, features_and_logits
+from genfast.metrics.estimate import RESAMPLES, Estimate, of_resamples, own_generator
+
+__all__ = ["frechet_distance", "inception_fid"]
+
+_ENOUGH = 2048
+_BIAS_DRAWS = 10
+# Of 2,048 features a single resample of 10,000 images takes about 100 GFLOP.
+_INCEPTION_RESAMPLES = 20
+_INCEPTION_FEATURES = 2048
+_INCEPTION_BATCH = 64
+
+
+def frechet_distance(images: Tensor, reference: Tensor, *, classifier: DigitClassifier | None = None) -> Estimate:
+    """The Frechet distance of torchmetrics, on the features of the digit classifier.
+
+    ``|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))`` of the means and covariances of the 64 features (Heusel et al.,
+    "GANs trained by a two time-scale update rule converge to a local Nash equilibrium", NeurIPS 2017, eq. 6). It is
+    no Inception FID, and compares with other numbers of this function alone. It is biased upwards, the more the fewer
+    the images: compare numbers of as many images only.
+
+    Args:
+        images, reference: [N, 1, H, W] and [M, 1, H, W], uint8 or floats in [0, 1]; of any size.
+        classifier: of `load_classifier`, on the device where it is to compute; the bundled one on the CPU if None.
+
+    Returns:
+        The distance, its interval (the images are resampled, the reference is what it is), and n, the number of images.
+
+    Raises:
+        TypeError, ValueError: a set has another shape, dtype or range, or fewer than 2 images.
+        ImportError: torchmetrics is not installed.
+
+    Warns:
+        UserWarning: a set has fewer than 2,048 images; it says what so few images of the reference itself would score.
+
+    Example:
+        >>> from genfast.training import load_dataset
+        >>> digits = load_dataset("digits").train
+        >>> close, far = (frechet_distance(x, digits[2500:]) for x in (digits[:2500], 255 - digits[:2500]))
+        >>> close.value < 1 < far.value
+        True
+    """
+    check_images("images", images, least=2)
+    check_images("reference", reference, least=2)
+    features, _ = features_and_logits("images", images, classifier)
+    reference_features, _ = features_and_logits("reference", reference, classifier)
+    return frechet_of_features(features, reference_features)
+
+
+def frechet_of_features(
+    features: Tensor, reference: Tensor, *, resamples: int = RESAMPLES, name: str = "frechet_distance"
+) -> Estimate:
+    """Of features [N, F] and [M, F]; warns as `frechet_distance` does."""
+    # torchmetrics adds up in the precision of the features.
+    features, reference = features.double(), reference.double()
+    _warn_of_bias(name, features, reference)
+    metric = _torchmetrics(_Features(features.shape[1])).to(features.device)
+    metric.update(reference, real=True)
+    metric.update(features, real=False)
+    value = max(0.0, float(metric.compute()))
+    mean, covariance = _moments(reference)
+    root = _root(covariance)
+    draws = [_distance(*_moments(features, rows), mean, covariance, root) for rows in _draws(len(features), resamples)]
+    return of_resamples(value, torch.stack(draws), len(features), low=0.0)
+
+
+def inception_fid(images: Tensor, reference: Tensor, *, device: torch.device | str | None = None) -> Estimate:
+    """The Frechet Inception distance (FID) of torchmetrics: on 2,048 features of a network trained on ImageNet.
+
+    Its weights are the user's to have: the package torch-fidelity downloads them at the first use.
+
+    Args:
+        images, reference: [N, C, H, W] with one or three channels, uint8 or floats in [0, 1]; grey is repeated.
+        device: where to compute; where the images are if None.
+
+    Returns:
+        As of `frechet_distance`, with an interval from 20 resamples.
+
+    Raises:
+        TypeError, ValueError: as of `frechet_distance`.
+        ImportError: torchmetrics or torch-fidelity is not installed.
+        OSError: the weights are neither there nor to be downloaded.
+
+    Warns:
+        UserWarning: as of `frechet_distance`.
+    """
+    check_images("images", images, least=2)
+    check_images("reference", reference, least=2)
+    device = images.device if device is None else torch.device(device)
+    try:
+        metric = _torchmetrics(_INCEPTION_FEATURES)
+    except ModuleNotFoundError as error:
+        if error.name == "torchmetrics" or "torchmetrics:" in str(error):
+            raise
+        message = "inception_fid: expected the package torch-fidelity, got none: pip install torch-fidelity"
+        raise ImportError(message) from error
+    except (OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        message = f"inception_fid: the weights of Inception can be neither read nor downloaded ({reason})"
+        raise OSError(message) from error
+    network = metric.inception.to(device).eval()
+
+    def features(name: str, images: Tensor) -> Tensor:
+        parts = (part.expand(-1, 3, -1, -1) for part in batches(name, images, device, _INCEPTION_BATCH))
+        with torch.no_grad():
+            return torch.cat([network((part * 255).round().byte()) for part in parts])
+
+    of_images, of_reference = features("images", images), features("reference", reference)
+    return frechet_of_features(of_images, of_reference, resamples=_INCEPTION_RESAMPLES, name="inception_fid")
+
+
+class _Features(nn.Module):
+    """An extractor for torchmetrics that is given features: they are computed once for all metrics."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+def _torchmetrics(feature: nn.Module | int) -> nn.Module:
+    try:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+    except ModuleNotFoundError as error:
+        if error.name is None or not error.name.startswith("torchmetrics"):
+            raise
+        message = "torchmetrics: expected it installed for Frechet distances: pip install 'genfast[train]'"
+        raise ModuleNotFoundError(message, name="torchmetrics") from error
+    return FrechetInceptionDistance(feature=feature)
+
+
+def _warn_of_bias(name: str, features: Tensor, reference: Tensor) -> None:
+    few = [
+        f"{count:,} {what}"
+        for count, what in ((len(features), "images"), (len(reference), "images of the reference"))
+        if count < _ENOUGH
+    ]
+    if not few:
+        return
+    # Two draws from one distribution, as many as there are: without bias their distance would be 0.
+    pairs = zip(_draws(len(reference), _BIAS_DRAWS, len(features)), _draws(len(reference), _BIAS_DRAWS), strict=True)
+    bias = torch.stack([_distance(*_moments(reference, a), *_moments(reference, b)) for a, b in pairs]).mean()
+    warnings.warn(
+        f"{name}: {' and '.join(few)} are few: as many drawn from the reference itself score {float(bias):.2g} instead "
+        f"of 0; expected at least {_ENOUGH:,} of both",
+        UserWarning,
+        stacklevel=4,
+    )
+
+
+def _draws(rows: int, resamples: int, count: int | None = None) -> list[Tensor]:
+    """How often each of `rows` comes among `count` draws with replacement: fp64 [rows], `resamples` times."""
+    generator, count = own_generator(), rows if count is None else count
+    if count != rows:
+        # Of another size: other draws.
+        generator.manual_seed(1)
+    return [
+        torch.randint(rows, (count,), generator=generator).bincount(minlength=rows).double() for _ in range(resamples)
+    ]
+
+
+def _moments(features: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mean [F] and covariance [F, F], each row counted so often."""
+    counts = features.new_ones(len(features)) if counts is None else counts.to(features)
+    total = counts.sum()
+    mean = counts @ features / total
+    centred = (features - mean) * counts.sqrt().unsqueeze(1)
+    return mean, centred.T @ centred / (total - 1)
+
+
+def _root(covariance: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(covariance)
+    return vectors * values.clamp(min=0).sqrt() @ vectors.T
+
+
+def _distance(
+    mean: Tensor, covariance: Tensor, mean2: Tensor, covariance2: Tensor, root2: Tensor | None = None
+) -> Tensor:
+    root2 = _root(covariance2) if root2 is None else root2
+    # S1 S2 and S2^(1/2) S1 S2^(1/2) have the same eigenvalues; the second is symmetric.
+    shared = torch.linalg.eigvalsh(root2 @ covariance @ root2).clamp(min=0).sqrt().sum()
+    return (mean - mean2).square().sum() + covariance.trace() + covariance2.trace() - 2 * shared

@@ -1,0 +1,291 @@
+"""The HTML page about runs: what it says, in a real browser where one is installed."""
+
+import json
+import math
+import re
+import shutil
+
+import pytest
+import torch
+
+from genfast import VAE, html_report, report
+from tests.commands import fails, succeeds
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+
+# A name that would run, and ask another machine for a picture, on a page that does not escape it.
+HOSTILE = "<img src=http:¦¦127.0.0.1:9¦x onerror=window.hacked=1><script>window.hacked=1<¦script>".replace("¦", "∕")
+
+
+def make_run(folder, family="vae", rows=3, evaluation=None, likelihood="bernoulli", **settings):
+    folder.mkdir(parents=True)
+    settings = {
+        "genfast": "1", "family": family, "data": "digits", "binarize": "none", "image_shape": [1, 28, 28],
+        "train_images": 5000, "test_images": 1000, "lr": 0.001, "status": "finished", **settings,
+    }  # fmt: skip
+    (folder / "run.json").write_text(json.dumps(settings))
+    history = [{"epoch": epoch, "loss": 100 / epoch, "seconds": 2.0} for epoch in range(1, rows + 1)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
+    if likelihood:
+        (folder / "config.json").write_text(json.dumps({"model_type": "VAE", "likelihood": likelihood}))
+    if evaluation is not None:
+        measured = {"data": "digits", "binarize": "none", "images": 1000, **evaluation}
+        (folder / "evaluation.json").write_text(json.dumps(measured))
+    report.save_grid(torch.rand(4, 1, 8, 8), folder / "samples.png")
+    return folder
+
+
+def frechet(value, half=0.5, n=2048):
+    return {"frechet_distance": {"value": value, "low": value - half, "high": value + half, "n": n}}
+
+
+def page_of(runs, tmp_path, **options):
+    path = tmp_path / "page" / "report.html"
+    path.parent.mkdir(exist_ok=True)
+    notes = html_report.write_report(runs, path, **options)
+    return path.read_text(encoding="utf-8"), notes
+
+
+def tables(page):
+    """Of each sortable table its headings and its rows of cells, as text."""
+
+    def text(cell):
+        return re.sub(r"<[^>]*>", "", cell.replace("<small>", "|"))
+
+    found = []
+    for table in re.findall(r'<table class="sortable">(.*?)</table>', page, re.DOTALL):
+        head, body = table.split("<tbody>")
+        headings = [text(cell) for cell in re.findall(r"<th .*?</th>", head)]
+        rows = [re.findall(r"<t[hd].*?</t[hd]>", row) for row in re.findall(r"<tr>.*?</tr>", body)]
+        found.append((headings, [[text(cell) for cell in row] for row in rows]))
+    return found
+
+
+def column(table, heading):
+    headings, rows = table
+    return [row[headings.index(heading)] for row in rows]
+
+
+def test_a_run_without_a_metric_says_so(tmp_path):
+    runs = [make_run(tmp_path / "a", evaluation=frechet(12.5)), make_run(tmp_path / "b")]
+    runs.append(make_run(tmp_path / "c", rows=0))
+    page, notes = page_of(runs, tmp_path)
+    (table,) = tables(page)
+    name = html_report.DEFINITIONS["frechet_distance"].title
+    assert column(table, "run") == ["a", "b", "c"]
+    assert column(table, name) == ["12.5|12.0 to 13.0, n = 2,048", "not measured", "not measured"]
+    assert column(table, "epochs") == ["3", "3", "not measured"]
+    assert notes == []
+    assert escape_free(html_report.DEFINITIONS["frechet_distance"].text) in escape_free(page)
+
+
+def escape_free(text):
+    return re.sub(r"&[a-z#0-9]+;|['\"<>&]", "", text)
+
+
+def test_the_best_is_marked_with_what_its_interval_does_not_tell_from_it(tmp_path):
+    values = {"a": 12.0, "b": 10.2, "c": 10.0, "d": math.nan}
+    runs = [make_run(tmp_path / name, evaluation=frechet(value)) for name, value in values.items()]
+    page, _ = page_of(runs, tmp_path)
+    marked = re.findall(r'<td class=best data-value="([\d.]+)">', page)
+    assert marked == ["10.2", "10.0"]
+    (table,) = tables(page)
+    assert column(table, html_report.DEFINITIONS["frechet_distance"].title)[3] == "not a number"
+
+
+def test_runs_on_different_data_stand_in_tables_of_their_own(tmp_path):
+    runs = [
+        make_run(tmp_path / "a"), make_run(tmp_path / "b", data="mnist", train_images=60_000),
+        make_run(tmp_path / "c", binarize="dynamic"), make_run(tmp_path / "d"),
+    ]  # fmt: skip
+    page, notes = page_of(runs, tmp_path)
+    assert sorted(column(table, "run") for table in tables(page)) == [["a", "d"], ["b"], ["c"]]
+    assert len(notes) == 1
+    assert "3 sets of data, whose numbers do not compare" in notes[0]
+    assert notes[0].replace("'", "&#x27;") in page
+
+
+def test_likelihoods_of_different_treatments_have_columns_of_their_own(tmp_path):
+    evaluation = {"elbo": -100.0, "nll": 80.0, "log_likelihood": -95.0, "k": 50, "standard_error": 1.0}
+    runs = [
+        make_run(tmp_path / "a", evaluation=evaluation),
+        make_run(tmp_path / "b", evaluation=evaluation, likelihood="gaussian"),
+        make_run(tmp_path / "c", family="flow", evaluation={"bits_per_dim": 1.25}, likelihood=""),
+    ]
+    (table,) = [table for table in tables(page_of(runs, tmp_path)[0]) if "family" in table[0]]
+    for data, at in (("bernoulli likelihood of grey pixels", 0), ("gaussian likelihood of grey pixels", 1)):
+        cells = ["not measured"] * 3
+        cells[at] = "-95.0|-97.0 to -93.0, n = 1,000"
+        assert column(table, f"log p(x), importance-weighted (nats per image, 50 draws; {data})") == cells
+        cells[at] = "-100|n = 1,000"
+        assert column(table, f"ELBO (nats per image; {data})") == cells
+    (bits,) = [heading for heading in table[0] if heading.startswith("bits per dimension (")]
+    assert column(table, bits)[2] == "1.250|n = 1,000"
+
+
+def test_an_evaluation_on_other_data_is_not_in_the_table(tmp_path):
+    run = make_run(tmp_path / "a", evaluation={**frechet(3.0), "data": "fashion-mnist"})
+    page, _ = page_of([run], tmp_path)
+    (table,) = tables(page)
+    assert html_report.DEFINITIONS["frechet_distance"].title not in table[0]
+    assert "Evaluated on other data than it was trained on (fashion-mnist, grey pixels)" in page
+
+
+def test_settings_that_differ_stand_beside_the_metrics_of_one_family(tmp_path):
+    runs = [make_run(tmp_path / "a", beta=5.0), make_run(tmp_path / "b")]
+    (table,) = tables(page_of(runs, tmp_path)[0])
+    assert table[0][:2] == ["run", "beta"]
+    assert column(table, "beta") == ["5", "none"]
+    assert "lr" not in table[0]
+
+
+def test_of_several_families_they_have_a_table_of_their_own(tmp_path):
+    runs = [make_run(tmp_path / "a", lr=0.01), make_run(tmp_path / "b", family="ae")]
+    metrics, settings = tables(page_of(runs, tmp_path)[0])
+    assert "lr" not in metrics[0]
+    assert settings == (["run", "lr"], [["a", "0.01"], ["b", "0.001"]])
+
+
+def test_sorted_by_a_metric_the_best_comes_first(tmp_path):
+    values = {"a": 9.0, "b": None, "c": 100.0, "d": 10.5}
+    runs = [make_run(tmp_path / name, evaluation=value and frechet(value)) for name, value in values.items()]
+    page, notes = page_of(runs, tmp_path, sort="frechet_distance")
+    assert column(tables(page)[0], "run") == ["a", "d", "c", "b"]
+    assert notes == [f"b has no frechet_distance: genfast evaluate {tmp_path / 'b'} --metrics"]
+
+
+def test_a_warning_of_the_training_is_shown(tmp_path):
+    run = make_run(tmp_path / "a")
+    (run / "metrics.jsonl").write_text('{"epoch": 2, "loss": NaN, "warning": "collapse: one & the same"}\n')
+    assert "Epoch 2: collapse: one &amp; the same" in page_of([run], tmp_path)[0]
+
+
+def test_parameters_are_those_of_the_model(tmp_path):
+    run = make_run(tmp_path / "a", likelihood="")
+    model = VAE(latent_dim=2, hidden_dims=[3])
+    model.save_pretrained(run)
+    (table,) = tables(page_of([run], tmp_path)[0])
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert column(table, html_report.DEFINITIONS["parameters"].title) == [f"{count:,}"]
+
+
+def test_folders_of_one_name_are_told_apart(tmp_path):
+    runs = [make_run(tmp_path / "x" / "run"), make_run(tmp_path / "y" / "run")]
+    (table,) = tables(page_of([*runs, runs[0]], tmp_path)[0])
+    assert column(table, "run") == [str(run) for run in runs]
+
+
+def test_what_is_no_run_is_refused(tmp_path, capsys):
+    run = make_run(tmp_path / "experiment" / "runs" / "a")
+    out = tmp_path / "report.html"
+    assert "RUN: expected the folder of a run, got" in fails(capsys, "report", tmp_path / "nowhere", "--out", out)
+    assert f"are in {run.parent}" in fails(capsys, "report", tmp_path / "experiment", "--out", out)
+    assert "ends in .html" in fails(capsys, "report", run, "--out", tmp_path / "report.pdf")
+    assert "--sort: expected one of epochs, family" in fails(capsys, "report", run, "--out", out, "--sort", "elbow")
+    for name, text in (("evaluation.json", "{"), ("metrics.jsonl", "[1]\n")):
+        before = (run / name).read_text() if (run / name).exists() else None
+        (run / name).write_text(text)
+        assert str(run / name) in fails(capsys, "report", run, "--out", out)
+        (run / name).unlink() if before is None else (run / name).write_text(before)
+    assert not out.exists()
+    printed = succeeds(capsys, "report", run, make_run(tmp_path / "b", data="mnist"), "--out", out).splitlines()
+    assert printed[-1] == str(out)
+    assert "do not compare" in printed[0]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    webdriver = pytest.importorskip("selenium.webdriver")
+    if CHROMIUM is None or DRIVER is None:
+        pytest.skip("chromium and chromedriver are not installed")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    # As root it has no sandbox, and a container's shared memory may be too small.
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def shown(browser, tmp_path_factory):
+    """The page of four runs, open, and what the browser logged meanwhile."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, value in {"nine": 9.0, HOSTILE: 100.0, "ten": 10.5, "none": None}.items():
+        make_run(folder / name, evaluation=value and frechet(value))
+    (folder / "ten" / "metrics.jsonl").write_text('{"epoch": 1, "loss": 5.0, "test_loss": 6.0}\n')
+    report.save_video(torch.rand(3, 4, 1, 8, 8), folder / "nine" / "reverse-0.mp4")
+    page = folder / "report.html"
+    names = ["nine", HOSTILE, "ten", "none"]
+    html_report.write_report([folder / name for name in names], page)
+    browser.get_log("performance")
+    browser.get(page.as_uri())
+    requests = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    urls = [event["params"]["request"]["url"] for event in requests if event["method"] == "Network.requestWillBeSent"]
+    return browser, urls, browser.get_log("browser"), page
+
+
+def names_in_order(driver):
+    return [cell.text for cell in driver.find_elements("css selector", "table.sortable tbody th")]
+
+
+def click(driver, heading):
+    buttons = driver.find_elements("css selector", "table.sortable thead button")
+    next(button for button in buttons if button.text == heading).click()
+    return names_in_order(driver)
+
+
+def test_a_click_sorts_numbers_as_numbers(shown):
+    driver, *_ = shown
+    title = html_report.DEFINITIONS["frechet_distance"].title
+    assert click(driver, title) == ["nine", "ten", HOSTILE, "none"]
+    assert click(driver, title) == [HOSTILE, "ten", "nine", "none"]
+    headings = driver.find_elements("css selector", "table.sortable thead th")
+    assert [each.get_attribute("aria-sort") for each in headings].count("descending") == 1
+    assert click(driver, "run") == [HOSTILE, "nine", "none", "ten"]
+    assert click(driver, title) == ["nine", "ten", HOSTILE, "none"]
+
+
+def test_the_page_asks_for_nothing_and_complains_of_nothing(shown):
+    driver, urls, log, page = shown
+    assert page.as_uri() in urls
+    assert {url for url in urls if not url.startswith("data:")} == {page.as_uri()}
+    assert log == []
+    assert driver.execute_script("return window.hacked === undefined && document.scripts.length === 1")
+
+
+def test_pictures_and_curves_are_there(shown):
+    driver, *_ = shown
+    widths = driver.execute_script("return [...document.images].map((image) => image.naturalWidth)")
+    assert len(widths) == 4
+    assert all(width > 0 for width in widths)
+    video = driver.execute_async_script(
+        "const done = arguments[0], video = document.querySelector('video');"
+        "const tell = () => done([video.videoWidth, String(video.error && video.error.message)]);"
+        "if (video.readyState > 0) tell(); else { video.onloadedmetadata = tell; video.onerror = tell; video.load(); }"
+    )
+    assert video[0] > 0, video
+    assert driver.execute_script("return document.querySelectorAll('svg polyline.train').length") == 3
+    assert driver.execute_script("return document.querySelectorAll('svg circle.test').length") == 1
+
+
+def test_it_follows_the_system_into_the_dark(shown):
+    driver, *_ = shown
+    colours = {}
+    for scheme in ("light", "dark"):
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        script = "const style = getComputedStyle(document.body); return [style.backgroundColor, style.color]"
+        colours[scheme] = [sum(map(int, re.findall(r"\d+", rgb)[:3])) for rgb in driver.execute_script(script)]
+    assert colours["light"][0] > colours["light"][1] + 300
+    assert colours["dark"][1] > colours["dark"][0] + 300
+
+
+def test_headings_lead_to_the_runs(shown):
+    driver, *_ = shown
+    for link in driver.find_elements("css selector", "table.sortable tbody th a"):
+        target = driver.find_element("css selector", link.get_attribute("href").partition("#")[2].join(("#", "")))
+        assert target.text == link.text
