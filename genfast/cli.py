@@ -8,7 +8,9 @@ import math
 import platform
 import signal
 import sys
+import warnings
 from collections.abc import Iterable
+from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +24,9 @@ import genfast
 from genfast import pictures, random, report, schedules, training
 from genfast._files import replacing
 from genfast.bench import cli as bench
+from genfast.metrics import Estimate, Likelihood, evaluate_model, frechet, likelihood
+from genfast.metrics.likelihoods import describe
+from genfast.metrics.models import BATCH_SIZE
 from genfast.models import registry
 from genfast.models.diffusion import DDPM, Variance
 from genfast.models.flow_presets import Dequantization, Memory
@@ -50,6 +55,8 @@ _BATCH_SIZE = 128
 _GAN_LOSSES = {name.replace("_", "-"): name for name in get_args(GANLoss)}
 # Images in a video.
 _IN_VIDEO = 64
+# Samples that are measured: as many as a Frechet distance needs.
+_SAMPLES = 2048
 
 
 def _default(name: str, text: str) -> str:
@@ -155,7 +162,7 @@ def train(
         typer.Option(help=_default("arch", f"Kind of flow: {', '.join(registry.get_family('flow').archs)}.")),
     ] = None,
     dequantization: Annotated[
-        str | None, typer.Option(help="Of flows: uniform, or variational: learned, as is the default of flowpp.")
+        str | None, typer.Option(help="Of flows: uniform; variational: learned, as of flowpp; none, to compare.")
     ] = None,
     memory: Annotated[
         str | None, typer.Option(help="Of flows: ordinary; checkpoint, or reversible: activations are computed again.")
@@ -416,7 +423,15 @@ def evaluate(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Of ddpm: steps of the bound. Default: all of the schedule.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first images of the test set.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Score only the first images of the test set (--metrics: all).")
+    ] = None,
+    metrics: Annotated[
+        bool, typer.Option("--metrics", help="Measure samples, codes and speed too; see docs/metrics.md.")
+    ] = False,
+    samples: Annotated[
+        int | None, typer.Option(min=4, help=f"Of --metrics: how many are drawn. Default: {_SAMPLES:,}.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 128,
     seed: Annotated[int, typer.Option(callback=_seed, help="Of the noise.")] = 0,
     device: Device = "auto",
@@ -426,6 +441,11 @@ def evaluate(
     VAE: ELBO and importance-weighted log-likelihood, in nats per image. Diffusion: loss, and the variational bound on
     the negative log-likelihood, in bits per dimension. Flows: those bits, and the error of the inverse.
     """
+    if metrics:
+        # Now rather than after the minutes that the rest takes.
+        frechet.check_installed()
+    elif samples is not None:
+        raise ValueError(f"--samples: expected together with --metrics, got {samples} alone")
     where = _device(device)
     model = _load(run).to(where).eval()
     for name, method, value in (("k", "log_prob", k), ("steps", "bits_per_dim", steps)):
@@ -443,15 +463,21 @@ def evaluate(
     test_data = training.DeviceDataset(splits.test[:limit], where, binarize)
     result: dict[str, Any] = {"data": splits.name, "binarize": binarize, "images": len(test_data), "seed": seed}
     result |= training.evaluate(model, test_data, batch_size=batch_size, seed=seed)
+    values: dict[int | None, Tensor] = {}
     if k and _takes(model, "log_prob", "k"):
-        result |= {"k": k, **_log_likelihood(model, test_data, k, batch_size, seed)}
+        values[k] = _log_likelihood(model, test_data, k, batch_size, seed)
+        result |= {"k": k, **_mean("log_likelihood", values[k])}
     if hasattr(model, "bits_per_dim"):
-        result |= _bits_per_dim(model, test_data, steps, batch_size, seed)
+        count, values[None] = _bits_per_dim(model, test_data, steps, batch_size, seed)
+        result |= {} if count is None else {"steps": count}
+        result |= _mean("bits_per_dim", values[None])
     for name, value in result.items():
         print(f"{name:>16}  {digits(value, 3) if isinstance(value, float) else value}")
     bernoulli = getattr(model, "likelihood", None) == "bernoulli"
     if binarize == "none" and bernoulli and "log_likelihood" in result:
         print("The pixels are grey: under a Bernoulli these nats compare with no others than such of grey pixels.")
+    if metrics:
+        result["metrics"] = _metrics(model, splits, test_data, values, samples or _SAMPLES, seed)
     # After the printing: a folder that cannot be written loses nothing.
     with replacing(run / "evaluation.json") as temporary:
         temporary.write_text(json.dumps(result, indent=2) + "\n")
@@ -584,10 +610,40 @@ def _load(run: Path) -> torch.nn.Module:
     return registry.load(run)
 
 
+def _metrics(
+    model: torch.nn.Module,
+    splits: training.Splits,
+    test_data: training.DeviceDataset,
+    values: dict[int | None, Tensor],
+    samples: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Measure and print; what JSON can hold. `values`: of the likelihood, by the draws for each image."""
+    options, calls = {}, nullcontext()
+    if isinstance(model, DDPM):
+        options = model.quick_sampling()
+        what = f"drawing {samples:,} images in {options['steps']} steps of {options['sampler']} (--samples)"
+        calls = counting(model.net, options["steps"] * (-(-samples // BATCH_SIZE) + 1), what)
+    with calls, warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = lambda message, *_: print(message)
+        measured = evaluate_model(model, splits, samples=samples, binarize=test_data.binarize, seed=seed, **options)
+    found: dict[str, Estimate | Likelihood] = dict(measured)
+    if _takes(model, "log_prob", "k"):
+        found["elbo"] = likelihood(model, test_data, seed=seed)
+    for k, each in values.items():
+        described = describe(model, each, test_data.binarize, k)
+        found[described.kind] = described
+    for name, value in found.items():
+        size = f"  n = {value.n:,}" if isinstance(value, Estimate) and value.n else ""
+        print(f"{name:>16}  {value}{size}")
+    return {name: value.to_dict() for name, value in found.items()}
+
+
 def _log_likelihood(
     model: torch.nn.Module, data: training.DeviceDataset, k: int, batch_size: int, seed: int
-) -> dict[str, float]:
-    """Mean of log p(x) over the images, in nats."""
+) -> Tensor:
+    """log p(x) of each image, in nats."""
     # That of the ELBO: both are of the same pixels.
     seed = training.evaluation_seed(seed)
     noise_seed = random.as_seed(seed, data.device)
@@ -598,32 +654,32 @@ def _log_likelihood(
         done += len(batch)
         if sys.stdout.isatty():
             print(f"\r{done:,} / {len(data):,} images", end="\r" if done < len(data) else "\n", flush=True)
-    return _mean("log_likelihood", values)
+    return torch.cat(values)
 
 
 def _bits_per_dim(
     model: torch.nn.Module, data: training.DeviceDataset, steps: int | None, batch_size: int, seed: int
-) -> dict[str, float]:
-    """Mean over the images of -log2 p(x) per dimension, or a bound, and its standard error if they are several."""
+) -> tuple[int | None, Tensor]:
+    """-log2 p(x) per dimension of each image, or a bound, and in how many steps if there are any."""
     seed = training.evaluation_seed(seed)
     noise_seed = random.as_seed(seed, data.device)
     if not _takes(model, "bits_per_dim", "steps"):
         pieces = data.batches(batch_size, seed=seed, shuffle=False)
         with torch.no_grad():
             values = [model.bits_per_dim(x, seed=noise_seed, row_offset=int(rows[0])) for x, rows in pieces]
-        return _mean("bits_per_dim", values)
+        return None, torch.cat(values)
     count = len(model.schedule.timesteps(steps)) - 1
     what = f"bounding the bits per dimension of {len(data):,} images in {count:,} steps (--limit, --steps)"
     values: list[Tensor] = []
     with counting(model.net, count * -(-len(data) // batch_size), what):
         for batch, rows in data.batches(batch_size, seed=seed, shuffle=False):
             values.append(model.bits_per_dim(batch, steps=steps, seed=noise_seed, row_offset=int(rows[0])))
-    return {"steps": count, **_mean("bits_per_dim", values)}
+    return count, torch.cat(values)
 
 
-def _mean(name: str, pieces: list[Tensor]) -> dict[str, float]:
+def _mean(name: str, values: Tensor) -> dict[str, float]:
     """The mean over all images, and its standard error where they are several."""
-    values = torch.cat(pieces).double()
+    values = values.double()
     result = {name: float(values.mean())}
     if len(values) > 1:
         result["standard_error"] = float(values.std()) / math.sqrt(len(values))

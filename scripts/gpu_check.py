@@ -262,8 +262,8 @@ def train(options: argparse.Namespace) -> int:
                     part.save()
     part.run("noise", _pytest("benchmarks/bench_noise.py", *figures), tests=True)
     if not options.dry_run:
-        # What diffusion adds to a step, a sampling loop, and flows: a step beside normflows', and memory over depth.
-        for name in ("noising_and_loss", "sampling", "flow_step", "flow_memory"):
+        # What diffusion adds to a step, a sampling loop, flows (a step beside normflows', memory over depth), and GANs.
+        for name in ("noising_and_loss", "sampling", "flow_step", "flow_memory", "gan_step"):
             part.run(name, _pytest(f"benchmarks/bench_{name}.py", *figures), tests=True)
     # Last, since it compiles the most, and keeps what it has when the time is over.
     steps = ["benchmarks/bench_training_step.py", *toy]

@@ -161,7 +161,7 @@ def test_a_run_is_resumed_with_its_own_kind(data, tmp_path, capsys):
     ("command", "family", "options", "expected"),
     [
         ("train", "flow", ["--arch", "nice"], "--arch: expected one of realnvp, glow, flowpp, got nice"),
-        ("train", "flow", ["--dequantization", "none"], "--dequantization: expected one of uniform, variational"),
+        ("train", "flow", ["--dequantization", "normal"], "--dequantization: expected one of uniform, variational"),
         ("train", "flow", ["--memory", "none"], "--memory: expected one of ordinary, checkpoint, reversible"),
         ("train", "flow", ["--preset", "mlp"], "preset: expected"),
         ("train", "flow", ["--latent-dim", 2], "--latent-dim is not an option of the family flow"),

@@ -40,11 +40,11 @@ def _of(module: str) -> Callable[[Settings], Page]:
 EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment
     for experiment in (
-        Experiment("kl-weight", "VAE: what the weight of the KL term trades for what", 7.0, _of("kl_weight")),
+        Experiment("kl-weight", "VAE: what the weight of the KL term trades for what", 10.0, _of("kl_weight")),
         Experiment("latent-size", "VAE: how many latent dimensions are used, and for what", 6.0, _of("latent_size")),
-        Experiment("manifold", "VAE: the plane of a two-dimensional latent space", 4.0, _of("manifold")),
+        Experiment("manifold", "VAE: the plane of a two-dimensional latent space", 6.0, _of("manifold")),
         Experiment("ae-vs-vae", "what the prior adds to an autoencoder", 4.0, _of("ae_vs_vae")),
-        Experiment("likelihood", "VAE: two estimates of log p(x); its bound over the epochs", 6.0, _of("likelihood")),
+        Experiment("likelihood", "VAE: two estimates of log p(x); its bound over the epochs", 4.0, _of("likelihood")),
         Experiment("gan-dynamics", "GAN: four losses and what each does over time", 20.0, _of("gan_dynamics")),
         Experiment("dequantization", "flow: what noise below the grey levels is for", 30.0, _of("dequantization")),
         Experiment("forward-diffusion", "noise in one step or in many; all schedules", 1.0, _of("forward_diffusion")),

@@ -10,7 +10,7 @@ from torch import Tensor
 from genfast.experiments.base import Page, Paired, Settings, Trained, equal_epochs, number, train_run, versus
 from genfast.experiments.figures import save_panels
 from genfast.experiments.measures import are_digits, codes, drawn, headings, of_samples, squared_error
-from genfast.metrics import DEFINITIONS, linear_probe
+from genfast.metrics import DEFINITIONS, linear_probe, precision_recall
 from genfast.metrics.classifier import load_classifier
 from genfast.models.base import LatentImageModel
 from genfast.training import Splits
@@ -25,9 +25,7 @@ def run(settings: Settings) -> Page:
     """Train both, sample both in two ways, interpolate the same pairs in both, and probe both codes."""
     splits = settings.load()
     build_options = {"latent_dim": _LATENT_DIM}
-    epochs, few = equal_epochs(
-        settings, "vae", splits=splits, seconds=settings.budget / 2, build_options=build_options
-    )
+    epochs, few = equal_epochs(settings, "vae", splits=splits, seconds=settings.budget / 2, build_options=build_options)
     models = {
         name: train_run(
             settings, family, family, splits=few, epochs=epochs, evaluate_every=1, build_options=build_options
@@ -42,9 +40,9 @@ def run(settings: Settings) -> Page:
         mean, covariance = _gaussian_of(parts)
         for source, images in (
             ("N(0, I)", drawn(model, count, settings.seed)),
-            ("a Gaussian fitted to its codes", _drawn_from(model, mean, covariance, count, settings.seed)),
+            ("a fitted Gaussian", _drawn_from(model, mean, covariance, count, settings.seed)),
         ):
-            pictures[f"{name}, codes from {source}"] = images[:_SHOWN]
+            pictures[f"{name}: {source}"] = images[:_SHOWN]
             by_samples.append({"model": name, "codes from": source, **of_samples(images, splits)})
         by_model.append({
             "model": name, "squared_error": squared_error(model, splits.test),
@@ -104,9 +102,12 @@ def _interpolated(settings: Settings, models: dict[str, Trained], splits: Splits
         return []
     classifier = load_classifier()
     return [
-        {"path": name, "confidence": Paired.of(classifier(images).double().softmax(1).amax(1))}
+        {
+            "path": name, "confidence": Paired.of(classifier(images).double().softmax(1).amax(1), "pairs"),
+            "precision": precision_recall(images, splits.test)["precision"],
+        }
         for name, images in middles.items()
-    ]
+    ]  # fmt: skip
 
 
 def _pairs(settings: Settings, splits: Splits) -> tuple[Tensor, Tensor]:
@@ -142,17 +143,19 @@ def _page(
             one, other = (row["frechet_distance"] for row in by_samples if row["codes from"] == source)
             page.say(f"Fréchet distance of samples with codes from {source}: {versus('AE', one, 'VAE', other)}.")
     if by_samples[0]["coverage"] is not None:
-        words = ", ".join(
-            f"{row['coverage'].value:.0f} ({row['model']}, {row['codes from']})" for row in by_samples
-        )
+        words = ", ".join(f"{row['coverage'].value:.0f} ({row['model']}, {row['codes from']})" for row in by_samples)
         page.say(f"Digits that appear (at least 4% of the samples each): {words}.")
     if betweens:
-        values = {row["path"]: row["confidence"] for row in betweens}
-        page.say(
-            "Halfway between two test images of different digits the classifier's confidence is "
-            f"{versus('in the VAE', values['VAE'], 'in the AE', values['AE'])}; the mean of the two images in pixels "
-            f"has {number(values['pixels'])}."
-        )
+        measured = {
+            "precision": "the share within the manifold of the test images", "confidence": "the classifier's confidence"
+        }  # fmt: skip
+        for column, what in measured.items():
+            values = {row["path"]: row[column] for row in betweens}
+            page.say(
+                f"Halfway between two test images of different digits, {what}: "
+                f"{versus('AE', values['AE'], 'VAE', values['VAE'])}; the mean of the two in pixels has "
+                f"{number(values['pixels'])}."
+            )
     if pixels is not None:
         probes = versus("AE", ae["linear_probe"], "VAE", vae["linear_probe"])
         page.say(f"Accuracy of a linear probe on the codes: {probes}; on the pixels themselves {number(pixels)}.")
@@ -181,13 +184,14 @@ def _page(
         name="samples",
     )  # fmt: skip
     if betweens:
-        columns = {"path": "line in", **headings("confidence")}
+        columns = {"path": "line in", **headings("precision", "confidence")}
         page.table(betweens, "Middles of pairs of different digits.", columns, name="middles")
     page.text(
         "Both are trained on grey pixels with the cross-entropy of their reconstruction; the VAE has the KL (weight 1) "
         "beside it. No likelihood is compared, since an AE has none. The VAE's reconstructions and probes are of its "
-        "mean code. An autoencoder's codes have a scale of their own, so its samples with codes from N(0, I) say as much "
-        "about that scale as about holes between the codes: the fitted Gaussian takes the scale and the correlations "
-        f"away. {DEFINITIONS['linear_probe'].text}"
+        "mean code. An autoencoder's codes have a scale of their own, so its samples with codes from N(0, I) say as "
+        "much about that scale as about holes between the codes; the fitted Gaussian takes both scale and correlations "
+        "out of the comparison. The classifier can be sure of what is no digit: its confidence says little without the "
+        f"precision. {DEFINITIONS['precision'].text} {DEFINITIONS['linear_probe'].text}"
     )
     return page

@@ -36,7 +36,7 @@ _BATCH_SIZE = 128
 _MANY_EPOCHS = 10_000
 _DONE = ("finished", "out of time", "stopped early")
 # What the speed is measured with: a share of the time that there is, within these bounds in seconds.
-_PILOT_SHARE, _PILOT_SECONDS = 0.1, (0.2, 3.0)
+_PILOT_SHARE, _PILOT_SECONDS = 0.1, (0.2, 6.0)
 # Of a measured speed, since an evaluation after some epochs takes time too.
 _TRAINING_SHARE = 0.9
 
@@ -509,7 +509,10 @@ def number(value: Estimate | float, decimals: int | None = None) -> str:
         # Counts, too, come as estimates.
         return f"{value.value:.0f}" if value.value == round(value.value) else number(value.value, decimals)
     if decimals is None:
-        decimals = min(max(0, 1 - math.floor(math.log10(width))), 5)
+        decimals = max(0, 1 - math.floor(math.log10(width)))
+        if value.value:
+            # Nor to more than four digits.
+            decimals = min(decimals, max(0, 3 - math.floor(math.log10(abs(value.value)))))
     return f"{value.value:.{decimals}f} [{value.low:.{decimals}f}, {value.high:.{decimals}f}]"
 
 
@@ -519,21 +522,23 @@ class Paired(Estimate):
 
     Attributes:
         terms: fp64 [N], in the order of the images.
+        images: what says that two are of the same images, in the same order.
 
     Example:
-        >>> a, b = (Paired.of(torch.arange(100.0) + shift) for shift in (0.0, 1.0))
+        >>> a, b = (Paired.of(torch.arange(100.0) + shift, "test") for shift in (0.0, 1.0))
         >>> a.high > b.low, apart(a, b)
         (True, True)
     """
 
     terms: Tensor | None = field(default=None, repr=False, compare=False)
+    images: str = field(default="", repr=False, compare=False)
 
     @classmethod
-    def of(cls, terms: Tensor) -> Paired:
+    def of(cls, terms: Tensor, images: str) -> Paired:
         """The mean of `terms`, with its bootstrap interval."""
         terms = terms.detach().double().flatten().cpu()
         whole = of_mean(terms)
-        return cls(whole.value, whole.low, whole.high, whole.n, terms)
+        return cls(whole.value, whole.low, whole.high, whole.n, terms, images)
 
 
 def _bounds(value: Estimate | float) -> tuple[float, float]:
@@ -552,7 +557,7 @@ def apart(a: Estimate | float, b: Estimate | float) -> bool:
         >>> apart(Estimate(1.0, 0.9, 1.1), Estimate(1.15, 1.05, 1.25)), apart(1, 2)
         (False, True)
     """
-    if isinstance(a, Paired) and isinstance(b, Paired) and a.n == b.n:
+    if isinstance(a, Paired) and isinstance(b, Paired) and a.images == b.images:
         a, b = of_mean(a.terms - b.terms), 0.0
     (a_low, a_high), (b_low, b_high) = _bounds(a), _bounds(b)
     return a_high < b_low or b_high < a_low

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,11 +53,13 @@ def save_panels(
         raise ValueError("panels: expected at least one, got none")
     grids = [_grid(images, columns, scale) for images in panels.values()]
     across = min(across or len(grids), len(grids))
-    width, height = max(grid.width for grid in grids), max(grid.height for grid in grids)
+    font = ImageFont.load_default(_TEXT)
+    width = max(*(grid.width for grid in grids), *(math.ceil(font.getlength(heading)) for heading in panels))
+    height = max(grid.height for grid in grids)
     down = -(-len(grids) // across)
     size = (across * width + (across + 1) * _BETWEEN, down * (height + _BAND) + (down - 1) * _BETWEEN + _BETWEEN)
     picture = Image.new("L" if all(grid.mode == "L" for grid in grids) else "RGB", size, "white")
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(_TEXT)
+    draw = ImageDraw.Draw(picture)
     for index, (heading, grid) in enumerate(zip(panels, grids, strict=True)):
         row, column = divmod(index, across)
         left, top = _BETWEEN + column * (width + _BETWEEN), row * (height + _BAND + _BETWEEN)

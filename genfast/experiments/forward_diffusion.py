@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor
 
 from genfast import report, schedules
-from genfast.experiments.base import Page, Settings, apart, best, number
-from genfast.experiments.figures import Panel, save_panels, save_plots
+from genfast._files import replacing
+from genfast.experiments.base import Page, Settings, best
+from genfast.experiments.figures import save_panels
 from genfast.functional import q_sample
 from genfast.metrics import Estimate
 from genfast.random import derive_seed
@@ -24,7 +26,7 @@ _STEPPED = ("linear", "cosine")
 _TIMES = (0, 9, 99, 249, 499, 749, 999)
 _CHAINS, _AT_ONCE = 1024, 256
 # Rows of the pictures; columns and frames of the video.
-_DIGITS, _IN_VIDEO, _FRAMES = 4, 6, 40
+_DIGITS, _IN_VIDEO, _FRAMES = 4, 2, 26
 _SHOWN = 10
 # What the two ways are compared in: attribute, name, and its value by theory at (a, b).
 _QUANTITIES = (
@@ -67,8 +69,8 @@ def _in_one_step(schedule: DiscreteSchedule, images: Tensor, settings: Settings)
         pieces = []
         for start in range(0, len(images), _AT_ONCE):
             x0 = images[start : start + _AT_ONCE]
-            # A seed for each time, or all times would have the same noise.
-            seed = derive_seed(settings.seed, t)
+            # A seed for each number, or all of them would have the same noise.
+            seed = derive_seed(settings.seed, _STEPPED.index(schedule.config["name"]) * schedule.num_steps + t)
             pieces.append(_moments(q_sample(x0, t, schedule, seed=seed, row_offset=start).x_t, x0, schedule, t))
         measured[t] = _estimates(pieces)
     return measured
@@ -159,7 +161,7 @@ def _described(name: str, images: Tensor, settings: Settings) -> dict[str, Any]:
         "kind": "continuous" if schedule.continuous else f"{schedule.num_steps:,} steps",
         "quarter": _decibels(at[0]), "half": _decibels(at[1]), "three": _decibels(at[2]), "end": _decibels(at[3]),
         "above": float((snr > 1).double().mean()),
-        "left": _mean(_left(schedule, times[-1:], few)),
+        "left": float(_left(schedule, times[-1:], few).mean()),
     }  # fmt: skip
 
 
@@ -193,8 +195,8 @@ def _draw(settings: Settings, images: Tensor, ways: dict[str, dict[str, dict[int
     many = [x.clone() for t, x in enumerate(_steps(linear, _scaled(few), max(_TIMES) + 1, generator)) if t in _TIMES]
     headings = {"in one step": one, "step by step": many}
     label = ", ".join(map(str, _TIMES))
-    grids = {f"{heading}: t = {label}": _rows(frames) for heading, frames in headings.items()}
-    save_panels(grids, out / "two-ways.png", columns=len(_TIMES), across=1)
+    grids = {f"{heading}, at t = {label}": _rows(frames) for heading, frames in headings.items()}
+    save_panels(grids, out / "two-ways.png", columns=len(_TIMES), across=1, scale=2)
 
     along = {}
     for name in schedules.NAMES:
@@ -202,8 +204,8 @@ def _draw(settings: Settings, images: Tensor, ways: dict[str, dict[str, dict[int
         times = report.thin(_times(schedule, 1000), _SHOWN)
         frames = [_viewed(q_sample(images[:1], t, schedule, seed=settings.seed).x_t, schedule, t) for t in times]
         along[name.replace("_", " ")] = torch.cat(frames)
-    save_panels(along, out / "schedules.png", columns=_SHOWN, across=2)
-    save_plots(_panels(ways), out / "curves.png", across=2)
+    save_panels(along, out / "schedules.png", columns=_SHOWN, across=1, scale=2)
+    _save_curves(ways, out / "curves.png")
 
     # One path of each image along each of the two schedules.
     paths = []
@@ -212,8 +214,7 @@ def _draw(settings: Settings, images: Tensor, ways: dict[str, dict[str, dict[int
         frames = [start, *(x.clone() for x in _steps(schedules.get(name), start, max(_TIMES) + 1, generator))]
         paths.append(report.thin(torch.stack(frames), _FRAMES))
     frames = (torch.cat(paths, 1) + 1) / 2
-    for suffix in (".mp4", ".gif"):
-        report.save_video(frames, out / f"forward{suffix}", fps=10, columns=_IN_VIDEO)
+    report.save_video(frames, out / "forward.mp4", fps=8, columns=_IN_VIDEO)
 
 
 def _rows(frames: list[Tensor]) -> Tensor:
@@ -227,31 +228,39 @@ def _viewed(x: Tensor, schedule: Schedule, t: Tensor) -> Tensor:
     return x / (a * a + b * b).sqrt().clamp(min=1) / 2 + 0.5
 
 
-def _panels(ways: dict[str, dict[str, dict[int, _Measured]]]) -> list[Panel]:
-    panels = []
-    for attribute, title, theory in _QUANTITIES[:2]:
-        lines: dict[str, list[tuple[float, Estimate | float]]] = {}
-        for name in ways:
+def _save_curves(ways: dict[str, dict[str, dict[int, _Measured]]], path: Path) -> None:
+    """Coefficient and variance, measured and by theory; below, how the schedules divide their way."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.8, 6.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    (left, right), (snr, kept) = figure.subplots(2, 2)
+    for axes, (attribute, title, theory) in zip((left, right), _QUANTITIES, strict=False):
+        for colour, (name, both) in zip(("C0", "C1"), ways.items(), strict=False):
             schedule = schedules.get(name)
-            exact = [(t, theory(*_exact(schedule, t))) for t in range(0, max(_TIMES) + 1, 9)]
-            lines[f"{name}, by theory"] = exact
-            for way, words in (("one", "one step"), ("many", "step by step")):
-                lines[f"{name}, {words}"] = [(t, getattr(found, attribute)) for t, found in ways[name][way].items()]
-        panels.append(Panel(title, "t", "", lines))
-    snr, kept = {}, {}
+            curve = [theory(*_exact(schedule, t)) for t in range(max(_TIMES) + 1)]
+            axes.plot(curve, color=colour, linewidth=1, label=f"{name}, by theory")
+            for way, words, marker in (("one", "in one step", "o"), ("many", "step by step", "x")):
+                values = [getattr(both[way][t], attribute).value for t in _TIMES]
+                style = {"marker": marker, "linestyle": "", "markerfacecolor": "none", "color": colour}
+                axes.plot(_TIMES, values, label=f"{name}, {words}", **style)
+        axes.set(title=title, xlabel="t")
     for name in schedules.NAMES:
         schedule = schedules.get(name)
         times = _times(schedule, 200)
+        place = torch.arange(1, len(times) + 1) / len(times)
         a, b = schedule.coefficients(times)
-        place = [(index + 1) / len(times) for index in range(len(times))]
-        values = [_decibels(float(value)) for value in schedule.snr(times)]
-        known = [(x, y) for x, y in zip(place, values, strict=True) if math.isfinite(y)]
-        snr[name.replace("_", " ")] = known
-        share = (a * a / (a * a + b * b)).tolist()
-        kept[name.replace("_", " ")] = list(zip(place, share, strict=True))
-    panels.append(Panel("signal-to-noise ratio", "share of the way", "dB", snr, y_limits=(-60, 60)))
-    panels.append(Panel("share of the image in the variance", "share of the way", "", kept))
-    return panels
+        decibels = [_decibels(float(value)) for value in schedule.snr(times)]
+        snr.plot(place, decibels, label=name.replace("_", " "))
+        kept.plot(place, a * a / (a * a + b * b), label=name.replace("_", " "))
+    snr.set(title="signal-to-noise ratio, dB", xlabel="share of the way", ylim=(-60, 60))
+    kept.set(title="share of the image in the variance", xlabel="share of the way")
+    for axes in (left, right, snr, kept):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=90, format="png")
 
 
 def _page(
@@ -272,8 +281,7 @@ def _page(
     )
     _say_of_schedules(page, rows)
     page.section("Pictures")
-    page.picture(settings.out / "forward.gif", "Step by step into noise: above linear, below cosine.")
-    page.picture(settings.out / "forward.mp4", "The same as mp4.")
+    page.picture(settings.out / "forward.mp4", "Video: step by step into noise, above linear, below cosine.")
     page.picture(settings.out / "two-ways.png", "The same images both ways (linear), each with its own noise.")
     page.picture(
         settings.out / "curves.png",
@@ -348,22 +356,13 @@ def _say_of_ways(page: Page, chains: int, ways: dict[str, dict[str, dict[int, _M
 
 def _say_of_schedules(page: Page, rows: list[dict[str, Any]]) -> None:
     left = {row["schedule"]: row["left"] for row in rows}
-    most = max(left, key=lambda name: left[name].value)
-    second = max((name for name in left if name != most), key=lambda name: left[name].value)
-    beyond = "more" if apart(left[most], left[second]) else "not told apart from what is left"
+    *_, second, most = sorted(left, key=left.get)
     page.say(
-        f"Most of the image is left at the end of {most}: {_bits(left[most])} bits per dimension, {beyond} "
-        f"{'than' if beyond == 'more' else 'at that of'} {second} ({_bits(left[second])})."
+        f"At the end most of the image is left by {most}, {left[most]:.2g} bits per dimension, then by {second}, "
+        f"{left[second]:.2g}; least by {min(left, key=left.get)}, {min(left.values()):.2g}."
     )
-    none = [name for name, value in left.items() if value.value == 0]
-    if none:
-        page.say(f"Nothing is left at the end of {', '.join(none)}.")
     above = {row["schedule"]: row["above"] for row in rows}
     page.say(
         "The share of the way in which the image outweighs the noise is largest with "
         f"{best(above, 'higher')}, smallest with {best(above, 'lower')}."
     )
-
-
-def _bits(value: Estimate) -> str:
-    return f"{value.value:.2g}" if value.value < 1e-3 else number(value)

@@ -18,7 +18,7 @@ from genfast.metrics import active_units, class_shares, confidence, linear_probe
 from genfast.metrics.estimate import of_mean
 
 WEIGHTS = (1.0, 5.0, 10.0, 40.0)
-_EXTENT, _POINTS = 4.0, 20
+_EXTENT, _POINTS = 4.0, 16
 # Within this radius lies 95% of a standard normal of the plane.
 _RADIUS = math.sqrt(-2 * math.log(0.05))
 _SCATTERED = 2000
@@ -119,7 +119,7 @@ def _page(settings: Settings, splits: training.Splits, epochs: int, k: int, rows
         page.say("Both dimensions are active with every weight.")
     if rows[0]["digits"] is not None:
         page.say(
-            f"Digits in the square, each in at least 4 of its {_POINTS**2} points: {_listed(by['digits'])}; the "
+            f"Digits in the square, each in at least 1% of its {_POINTS**2} points: {_listed(by['digits'])}; the "
             f"classifier's confidence {trend(by['confidence'])}."
         )
     if rows[0]["linear_probe"] is not None:

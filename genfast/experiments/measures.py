@@ -79,7 +79,8 @@ def bound(model: VAE, data: training.DeviceDataset, seed: int) -> dict[str, Pair
         mu, logvar = (head.double().flatten(1) for head in model.encode(batch))
         kls.append(0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(1))
     elbo, kl = torch.cat(elbos).double(), torch.cat(kls)
-    return {"elbo": Paired.of(elbo), "nll": Paired.of(-elbo - kl), "kl": Paired.of(kl)}
+    parts = {"elbo": elbo, "nll": -elbo - kl, "kl": kl}
+    return {name: Paired.of(values, data.digest()) for name, values in parts.items()}
 
 
 def log_likelihood(model: VAE, data: training.DeviceDataset, k: int, seed: int) -> Paired:
@@ -92,7 +93,7 @@ def log_likelihood(model: VAE, data: training.DeviceDataset, k: int, seed: int) 
     """
     batches = _batches(data, seed)
     values = [model.log_prob(batch, k, seed=noise, row_offset=first) for batch, first, noise in batches]
-    return Paired.of(torch.cat(values))
+    return Paired.of(torch.cat(values), data.digest())
 
 
 @torch.no_grad()
@@ -120,7 +121,7 @@ def squared_error(model: LatentImageModel, images: Tensor) -> Paired:
     for batch in images.split(_BATCH_SIZE):
         batch = batch.to(model.device)
         errors.append((model.reconstruct(batch) - batch.float() / 255).square().flatten(1).mean(1))
-    return Paired.of(torch.cat(errors))
+    return Paired.of(torch.cat(errors), training.DeviceDataset(images).digest())
 
 
 def drawn(model: Model, count: int, seed: int) -> Tensor:

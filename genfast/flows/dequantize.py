@@ -31,14 +31,27 @@ class Dequantize(Transform):
     The log-density of the result plus the log-determinant, -log 256 a pixel, is on average over u at most that of the
     pixels. In front of a `Logit`, `genfast.Flow` makes both one op, `genfast.functional.dequantize_logit`.
 
+    Args:
+        centred: True takes u = 1/2 in place of noise: densities at points, which a flow can raise without limit and
+            of which nothing follows for the pixels. To see what the noise is for.
+
     Example:
         >>> x = torch.tensor([[0, 255]], dtype=torch.uint8)
         >>> v, logdet = Dequantize()(x, seed=0)
         >>> bool(((v > 0) & (v < 1)).all()), logdet, Dequantize().inverse(v)
         (True, tensor([-11.0904]), tensor([[  0, 255]], dtype=torch.uint8))
+        >>> 256 * Dequantize(centred=True)(x)[0]
+        tensor([[  0.5000, 255.5000]])
     """
 
     stochastic = True
+
+    def __init__(self, centred: bool = False) -> None:
+        super().__init__()
+        self.centred = centred
+
+    def extra_repr(self) -> str:
+        return "centred=True" if self.centred else ""
 
     def forward(self, x: Tensor, *, seed: int | Tensor | None = None, row_offset: int = 0) -> tuple[Tensor, Tensor]:
         """Pixels to floats.
@@ -56,6 +69,8 @@ class Dequantize(Transform):
             ValueError: floats are not in [0, 1] (seen on the CPU; elsewhere they are clamped).
         """
         pixels, dtype = _pixels(x)
+        if self.centred:
+            return (pixels + 0.5) / 256, _constant(x, dtype)
         u = uniform(as_seed(seed, x.device), *_rows(x), Stream.DEQUANTIZE, row_offset, bits=15).reshape(x.shape)
         return (pixels + u.to(dtype)) / 256, _constant(x, dtype)
 
@@ -65,6 +80,8 @@ class Dequantize(Transform):
 
     def noise(self, x: Tensor, seed: int | Tensor | None, row_offset: int) -> tuple[Tensor | None, Tensor | None]:
         """What `DequantizeLogit` adds to the pixels, None for the op's own, and what it adds to the log-determinant."""
+        if self.centred:
+            return torch.full_like(x, 0.5, dtype=_pixels(x)[1]), None
         if x.dtype != torch.float64:
             return None, None
         rows = uniform(as_seed(seed, x.device), *_rows(x), Stream.DEQUANTIZE, row_offset, bits=15)

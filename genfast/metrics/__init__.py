@@ -6,7 +6,7 @@ from genfast.metrics.codes import active_units, linear_probe
 from genfast.metrics.definitions import DEFINITIONS, Definition
 from genfast.metrics.estimate import Estimate
 from genfast.metrics.frechet import frechet_distance, inception_fid
-from genfast.metrics.likelihood import Likelihood, comparable, likelihood
+from genfast.metrics.likelihoods import Likelihood, comparable, likelihood
 from genfast.metrics.models import are_digits, evaluate_model
 from genfast.metrics.neighbours import memorisation, nearest_neighbour_distance, precision_recall
 from genfast.metrics.samples import evaluate_samples

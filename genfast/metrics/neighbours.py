@@ -84,7 +84,7 @@ def nearest_neighbour_distance(images: Tensor, training: Tensor) -> Estimate:
     Example:
         >>> black, white = torch.zeros(2, 1, 4, 4), torch.ones(3, 1, 4, 4)
         >>> str(nearest_neighbour_distance(black, white)), str(nearest_neighbour_distance(white, white))
-        ('4.00 [4.00, 4.00]', '0 [0, 0]')
+        ('4 [4, 4]', '0 [0, 0]')
     """
     return of_mean(nearest_distances("images", images, training), 0.0)
 

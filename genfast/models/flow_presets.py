@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ __all__ = ["FlowPlusPlus", "FlowPreset", "Glow", "RealNVP"]
 
 Preset = Literal["tiny", "small", "base"]
 Memory = Literal["ordinary", "checkpoint", "reversible"]
-Dequantization = Literal["uniform", "variational"]
+Dequantization = Literal["uniform", "variational", "none"]
 
 _IMAGE_SHAPE = (1, 28, 28)
 _ALPHA = 0.05
@@ -160,7 +160,8 @@ class RealNVP(FlowPreset):
         couplings: of each kind at each level; in all, for vectors.
         levels: how many squeezes; None: two, or as many as H and W allow. Images alone have it.
         dequantization: noise of the pixels: ``"uniform"``, or ``"variational"``: learned (Ho et al., "Flow++", ICML
-            2019, section 3.1). None: uniform. Images alone have it.
+            2019, section 3.1). None: uniform. ``"none"`` takes the middle of each grey level: densities at points,
+            from which no likelihood of images follows, to see what the noise is for. Images alone have it.
         alpha: pixels are scaled to [alpha, 1 - alpha] before the logit; None: 0.05. Images alone have it.
         memory: ``"ordinary"``, ``"checkpoint"`` or ``"reversible"``; see `Flow`.
         fused: False runs the ordinary PyTorch chain instead of genfast's ops (the baseline of every comparison).
@@ -324,7 +325,7 @@ class FlowPlusPlus(FlowPreset):
         blocks: gated convolutions, each with an attention, of each network; layers for vectors.
         couplings: of each of the three kinds; in all, for vectors.
         components: of each mixture.
-        dequantization: ``"uniform"`` or ``"variational"``; None: variational. Images alone have it.
+        dequantization: ``"uniform"``, ``"variational"`` or ``"none"``; None: variational. Images alone have it.
 
     Raises:
         ValueError: an argument is out of range, or does not fit the others.
@@ -413,7 +414,7 @@ def _data(image_shape: Sequence[int] | None, dim: int | None, **of_images: Any) 
     """The shape of the images; None for vectors, which take no arguments of images."""
     if dim is None:
         if of_images["dequantization"] is not None:
-            check_choice("dequantization", of_images["dequantization"], ("uniform", "variational"))
+            check_choice("dequantization", of_images["dequantization"], get_args(Dequantization))
         image_shape = _IMAGE_SHAPE if image_shape is None else image_shape
         _check_sizes("image_shape", image_shape, count=3)
         return tuple(image_shape)
@@ -443,7 +444,7 @@ def _levels(shape: tuple[int, ...], levels: int | None) -> int:
 def _pixels(shape: tuple[int, ...], dequantization: str, alpha: float | None, hidden: int) -> list[Transform]:
     """From pixels to where couplings work."""
     learned = dequantization == "variational"
-    noise = VariationalDequantize(_noise_flow(shape[0], hidden)) if learned else Dequantize()
+    noise = VariationalDequantize(_noise_flow(shape[0], hidden)) if learned else Dequantize(dequantization == "none")
     return [noise, Logit(_ALPHA if alpha is None else alpha)]
 
 

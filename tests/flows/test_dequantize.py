@@ -57,6 +57,16 @@ def test_dequantize_there_and_back(dtype):
     assert torch.equal(Dequantize().inverse(v), x)
 
 
+def test_without_noise_each_pixel_is_in_the_middle_of_its_bin():
+    x = _pixels(3, 1, 2, 2)
+    dequantize = Dequantize(centred=True)
+    for seed in (0, 1):
+        v, logdet = dequantize(x, seed=seed)
+        assert torch.equal(256 * v, x + 0.5)
+    torch.testing.assert_close(logdet, torch.full((3,), -4 * math.log(256)))
+    assert torch.equal(dequantize.inverse(v), x)
+
+
 def test_samples_beyond_the_pixels_are_clamped():
     v = torch.tensor([[-0.1, 0.0, 0.999999, 1.0, 7.0, float("inf"), float("nan")]])
     assert Dequantize().inverse(v).tolist() == [[0, 0, 255, 255, 255, 255, 0]]
@@ -76,10 +86,11 @@ def test_logit_keeps_its_digits_at_both_ends():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("kind", ["uniform", "variational"])
+@pytest.mark.parametrize("kind", ["uniform", "variational", "none"])
 def test_one_op_for_both_is_the_two(kind, dtype):
     """What `Flow` runs for a dequantization and a logit: same noise, same densities, same gradients."""
-    first = Dequantize() if kind == "uniform" else VariationalDequantize(_conditional(dtype))
+    learned = kind == "variational"
+    first = VariationalDequantize(_conditional(dtype)) if learned else Dequantize(centred=kind == "none")
     x = _pixels(3, 1, 6, 6) if dtype == torch.float32 else _pixels(3, 1, 6, 6).double() / 255
     flow = Flow([first, Logit(0.05)])
     assert isinstance(flow._steps[0], DequantizeLogit)

@@ -156,11 +156,12 @@ def test_pieces_are_the_whole(preset):
 
 
 @EVERY
-@pytest.mark.parametrize("dequantization", ["uniform", "variational"])
+@pytest.mark.parametrize("dequantization", ["uniform", "variational", "none"])
 def test_dequantization(preset, dequantization):
     flow = make(preset, (1, 8, 8), dequantization=dequantization)
-    kind = {"uniform": Dequantize, "variational": VariationalDequantize}[dequantization]
+    kind = {"uniform": Dequantize, "variational": VariationalDequantize, "none": Dequantize}[dequantization]
     assert isinstance(flow.transforms[0], kind)
+    assert getattr(flow.transforms[0], "centred", False) == (dequantization == "none")
     x = pixels(4, 1, 8, 8)
     assert_same_pixels(flow.inverse(flow(x, seed=0)[0]), x)
 
@@ -228,7 +229,7 @@ def test_the_family():
         ({"image_shape": None, "dim": 2, "dequantization": "uniform"}, "dequantization: expected None for vectors"),
         ({"image_shape": None, "dim": 2, "alpha": 7.0}, "alpha: expected None for vectors, where dim is"),
         ({"alpha": 7.0}, "alpha: expected a number from 0 to 0.45, got 7.0"),
-        ({"dequantization": "none"}, "dequantization: expected"),
+        ({"dequantization": "normal"}, "dequantization: expected"),
         ({"preset": "large"}, "preset: expected"),
         ({"hidden": 0}, "hidden: expected"),
         ({"memory": "none"}, "memory: expected"),

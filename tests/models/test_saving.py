@@ -203,7 +203,7 @@ def test_configs_that_do_not_fit_are_refused(saved):
 
 
 def test_families():
-    assert list(FAMILIES) == ["vae", "ae", "ddpm", "flow"]
+    assert list(FAMILIES) == ["vae", "ae", "ddpm", "flow", "gan"]
     for name in ("vae", "ae"):
         family = get_family(name)
         model = family.build([3, 8, 8], latent_dim=2, hidden_dims=(4,), preset="conv", likelihood="gaussian")

@@ -55,7 +55,7 @@ class Likelihood:
     Example:
         >>> elbo = Likelihood(Estimate(-98.1, -99.0, -97.2, 1000), "elbo", "lower", "nats per image", "grey pixels")
         >>> str(elbo)
-        '-98 [-99, -97] nats per image (elbo, lower bound; grey pixels)'
+        '-98.1 [-99.0, -97.2] nats per image (elbo, lower bound; grey pixels)'
     """
 
     estimate: Estimate

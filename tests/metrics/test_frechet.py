@@ -1,0 +1,143 @@
+"""Frechet distances against closed forms and torchmetrics, and what is said of few images."""
+
+import sys
+import warnings
+
+import pytest
+import torch
+
+from genfast.metrics import frechet_distance, inception_fid, load_classifier
+from genfast.metrics.frechet import check_installed, frechet_of_features
+from genfast.training import load_dataset
+
+ENOUGH = 2048
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_dataset("digits").train
+
+
+def gaussian(count, mean, covariance):
+    """Features whose own mean and covariance are exactly these."""
+    draws = torch.randn(count, len(mean), dtype=torch.float64)
+    draws -= draws.mean(0)
+    white = torch.linalg.solve_triangular(torch.linalg.cholesky(draws.T @ draws / (count - 1)), draws.T, upper=False).T
+    return white @ torch.linalg.cholesky(covariance).T + mean
+
+
+def rotation(size):
+    return torch.linalg.qr(torch.randn(size, size, dtype=torch.float64))[0]
+
+
+def test_two_gaussians_whose_covariances_commute():
+    """|m1 - m2|^2 and the squared differences of the standard deviations along the common axes."""
+    turn, first = rotation(5), torch.tensor([1.0, 2.0, 0.5, 3.0, 0.1], dtype=torch.float64)
+    second, mean = torch.tensor([2.0, 2.0, 1.0, 0.2, 0.4], dtype=torch.float64), torch.arange(5, dtype=torch.float64)
+    images = gaussian(2500, mean, turn @ torch.diag(first**2) @ turn.T)
+    reference = gaussian(3000, mean + 0.5, turn @ torch.diag(second**2) @ turn.T)
+    found = frechet_of_features(images, reference)
+    assert found.value == pytest.approx(5 * 0.25 + float((first - second).square().sum()), rel=1e-9)
+    assert found.n == 2500
+    assert found.low < found.value < found.high
+
+
+def test_two_gaussians_whose_covariances_do_not_commute():
+    """In two dimensions the trace of the root of a product is that of its trace and determinant."""
+    first = torch.tensor([[2.0, 0.6], [0.6, 1.0]], dtype=torch.float64)
+    second = torch.tensor([[1.0, -0.8], [-0.8, 3.0]], dtype=torch.float64)
+    product = first @ second
+    shared = torch.sqrt(product.trace() + 2 * torch.linalg.det(product).sqrt())
+    zero = torch.zeros(2, dtype=torch.float64)
+    found = frechet_of_features(gaussian(2100, zero, first), gaussian(2100, zero, second), resamples=2)
+    assert found.value == pytest.approx(float(first.trace() + second.trace() - 2 * shared), rel=1e-9)
+
+
+def test_it_is_torchmetrics_with_this_extractor(digits):
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    images, reference = digits[:2200], 255 - digits[2200:4400]
+    extractor = load_classifier()
+    extractor.forward = extractor.features
+    metric = FrechetInceptionDistance(feature=extractor)
+    for real, given in ((True, reference), (False, images)):
+        for batch in given.split(500):
+            metric.update(batch, real=real)
+    assert frechet_distance(images, reference).value == pytest.approx(float(metric.compute()), rel=1e-4)
+
+
+def test_a_set_against_itself_and_at_any_range(digits):
+    images = digits[:ENOUGH]
+    found = frechet_distance(images, images)
+    assert found.value == pytest.approx(0, abs=1e-6)
+    assert found.low == 0
+    changed = frechet_distance(images.float() / 255, images.double() / 255)
+    assert changed.value == pytest.approx(0, abs=1e-5)
+
+
+def test_worse_images_are_further(digits):
+    images, reference = digits[:ENOUGH], digits[ENOUGH : 2 * ENOUGH]
+    noise = torch.randn(images.shape)
+    distances = [
+        frechet_distance((images / 255 + amount * noise).clamp(0, 1), reference).value for amount in (0, 0.1, 0.3)
+    ]
+    assert distances == sorted(distances)
+    blurred = torch.nn.functional.avg_pool2d(images / 255, 3, stride=1, padding=1)
+    assert frechet_distance(blurred, reference).value > 2 * distances[0]
+
+
+def test_intervals_cover_what_other_samples_would_give():
+    size, count = 4, 150
+    reference = gaussian(ENOUGH, torch.zeros(size, dtype=torch.float64), torch.eye(size, dtype=torch.float64))
+    scale = torch.tensor([0.5, 1.0, 1.5, 2.0], dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        draws = torch.randn(120, count, size, dtype=torch.float64) * scale + 0.5
+        found = [frechet_of_features(draw, reference, resamples=100) for draw in draws]
+    expected = sum(each.value for each in found) / len(found)
+    assert 0.87 <= sum(each.low <= expected <= each.high for each in found) / len(found) <= 0.995
+
+
+def test_few_images_are_told_with_the_bias_of_as_many():
+    size, count = 16, 300
+    reference = torch.randn(4000, size)
+    with pytest.warns(UserWarning, match=r"^frechet_distance: 300 images are few: .* 2,048 of both$") as caught:
+        frechet_of_features(torch.randn(count, size), reference, resamples=2)
+    told = float(str(caught[0].message).split("score ")[1].split()[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        own = [frechet_of_features(torch.randn(count, size), reference, resamples=2).value for _ in range(10)]
+    # All of the distance is bias: both sets are of one distribution.
+    assert told == pytest.approx(sum(own) / 10, rel=0.2)
+
+
+def test_warning_names_what_is_few_and_whose_call_it_is(digits):
+    with pytest.warns(UserWarning, match="100 images and 200 images of the reference are few") as caught:
+        frechet_distance(digits[:100], digits[:200])
+    assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match="frechet_distance: 100 images of the reference are few"):
+        frechet_distance(digits[:ENOUGH], digits[:100])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        frechet_distance(digits[:ENOUGH], digits[-ENOUGH:])
+
+
+def test_other_sets_are_refused(digits):
+    with pytest.raises(ValueError, match="images: expected at least 2 images, got 1"):
+        frechet_distance(digits[:1], digits[:5])
+    with pytest.raises(ValueError, match="reference: expected grey images"):
+        frechet_distance(digits[:5], torch.zeros(5, 3, 28, 28))
+    with pytest.raises(ValueError, match=r"reference: .* in \[0, 1\]"):
+        frechet_distance(digits[:5], digits[:5].float())
+
+
+def test_packages_that_are_missing_are_named(digits, monkeypatch):
+    monkeypatch.setattr("torchmetrics.image.fid._TORCH_FIDELITY_AVAILABLE", False)
+    with pytest.raises(ImportError, match=r"inception_fid: .* torch-fidelity"):
+        inception_fid(digits[:5], digits[5:10])
+    for name in [name for name in sys.modules if name.startswith("torchmetrics")]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match="torchmetrics, got none: pip install torchmetrics"):
+        frechet_distance(digits[:5], digits[5:10])
+    with pytest.raises(ImportError, match="torchmetrics"):
+        check_installed()
