@@ -88,6 +88,12 @@ class _Column:
     title: str
     better: str
     text: str
+    # Unit, and of likelihoods what they are of.
+    small: str = ""
+
+    @property
+    def whole(self) -> str:
+        return f"{self.title} ({self.small})" if self.small else self.title
 
 
 @dataclass
@@ -224,9 +230,10 @@ def _parameters(folder: Path) -> int | None:
 
 def _put(run: _Run, name: str, value: Any) -> None:
     definition = DEFINITIONS[name]
-    title = f"{definition.title}, {definition.unit}" if definition.unit else definition.title
     source = f" {definition.source}" if definition.source else ""
-    run.columns[name] = _Column(title, definition.better, definition.text + source)
+    run.columns[name] = _Column(
+        definition.title, definition.better, definition.text + source, definition.unit
+    )
     run.values[name] = Estimate.from_dict(value) if isinstance(value, Mapping) else Estimate(value)
 
 
@@ -236,7 +243,7 @@ def _put_likelihood(run: _Run, found: Mapping[str, Any]) -> None:
     draws = f", {found['k']:,} draws" if found.get("k") else ""
     of = f"{found['unit']}{draws}; {found['data']}"
     key = f"{found['kind']}: {of}"
-    run.columns[key] = _Column(f"{definition.title} ({of})", definition.better, definition.text)
+    run.columns[key] = _Column(definition.title, definition.better, definition.text, of)
     run.values[key] = Estimate.from_dict(found)
 
 
@@ -314,7 +321,8 @@ def _table(
     heads += [_heading(name, _kind(values), "ascending", "A setting.") for name, values in settings.items()]
     for key, column in columns.items():
         direction = "descending" if column.better == "higher" else "ascending"
-        heads.append(_heading(column.title, _kind([run.values.get(key) for run in group]), direction, column.text))
+        kind = _kind([run.values.get(key) for run in group])
+        heads.append(_heading(column.title, kind, direction, column.text, column.small))
     rows = []
     for index, run in enumerate(group):
         link = f'<a href="#run-{numbers[id(run)]}">{escape(run.name)}</a>'
@@ -339,10 +347,11 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, Estimate) or (isinstance(value, (int, float)) and not isinstance(value, bool))
 
 
-def _heading(title: str, kind: str, first: str, text: str) -> str:
+def _heading(title: str, kind: str, first: str, text: str, small: str = "") -> str:
+    more = f"<small>{escape(small)}</small>" if small else ""
     return (
         f'<th scope="col" class="{kind}" data-kind="{kind}" data-first="{first}" title="{escape(text)}">'
-        f'<button type="button">{escape(title)}</button></th>'
+        f'<button type="button">{escape(title)}</button>{more}</th>'
     )
 
 
@@ -354,7 +363,9 @@ def _best(values: list[Any], better: str) -> set[int]:
         return set()
     choose = max if better == "higher" else min
     first = choose(numbers.values(), key=lambda value: value.value)
-    return {index for index, value in numbers.items() if value.value == first.value or _overlap(value, first)}
+    good = {index for index, value in numbers.items() if value.value == first.value or _overlap(value, first)}
+    # Where all are as good, there is nothing to mark.
+    return good if len(good) < len(numbers) else set()
 
 
 def _overlap(a: Estimate, b: Estimate) -> bool:
@@ -493,7 +504,7 @@ def _entry(value: Any) -> str:
 
 
 def _definitions(groups: list[list[_Run]]) -> str:
-    columns = {column.title: column for group in groups for run in group for column in run.columns.values()}
+    columns = {column.whole: column for group in groups for run in group for column in run.columns.values()}
     better = {"higher": "Higher is better.", "lower": "Lower is better.", "": ""}
     items = "".join(
         f"<dt><b>{escape(title)}</b></dt><dd>{escape(column.text)} {better[column.better]}</dd>"

@@ -51,6 +51,7 @@ def tables(page):
     """Of each sortable table its headings and its rows of cells, as text."""
 
     def text(cell):
+        # Behind the bar the unit of a heading, the interval of a number.
         return re.sub(r"<[^>]*>", "", cell.replace("<small>", "|"))
 
     found = []
@@ -117,10 +118,10 @@ def test_likelihoods_of_different_treatments_have_columns_of_their_own(tmp_path)
     for data, at in (("bernoulli likelihood of grey pixels", 0), ("gaussian likelihood of grey pixels", 1)):
         cells = ["not measured"] * 3
         cells[at] = "-95.0|-97.0 to -93.0, n = 1,000"
-        assert column(table, f"log p(x), importance-weighted (nats per image, 50 draws; {data})") == cells
+        assert column(table, f"log p(x), importance-weighted|nats per image, 50 draws; {data}") == cells
         cells[at] = "-100|n = 1,000"
-        assert column(table, f"ELBO (nats per image; {data})") == cells
-    (bits,) = [heading for heading in table[0] if heading.startswith("bits per dimension (")]
+        assert column(table, f"ELBO|nats per image; {data}") == cells
+    (bits,) = [heading for heading in table[0] if heading.startswith("bits per dimension|")]
     assert column(table, bits)[2] == "1.250|n = 1,000"
 
 

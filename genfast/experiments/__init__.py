@@ -45,7 +45,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         Experiment("manifold", "VAE: the plane of a two-dimensional latent space", 6.0, _of("manifold")),
         Experiment("ae-vs-vae", "what the prior adds to an autoencoder", 4.0, _of("ae_vs_vae")),
         Experiment("likelihood", "VAE: two estimates of log p(x); its bound over the epochs", 4.0, _of("likelihood")),
-        Experiment("gan-dynamics", "GAN: four losses and what each does over time", 20.0, _of("gan_dynamics")),
+        Experiment("gan-dynamics", "GAN: four losses and what each does over time", 40.0, _of("gan_dynamics")),
         Experiment("dequantization", "flow: what noise below the grey levels is for", 30.0, _of("dequantization")),
         Experiment("forward-diffusion", "noise in one step or in many; all schedules", 1.0, _of("forward_diffusion")),
         Experiment("compare", "AE, VAE, GAN, flow and DDPM, trained equally long", 60.0, _of("compare")),
@@ -80,6 +80,8 @@ def run_experiment(name: str, settings: Settings, overwrite: bool = False) -> Pa
         raise ValueError(f"budget: expected a positive number of minutes, got {settings.budget / 60:g}")
     default = 60 * EXPERIMENTS[name].default_budget_minutes
     settings = replace(settings, portion=min(1.0, settings.budget / default))
+    # Whatever is wrong with the data comes out here, before anything is written.
+    settings.load()
     _claim(name, settings, overwrite)
     page = EXPERIMENTS[name].run(settings)
     page.write(settings.out, _facts(name, settings))
@@ -129,7 +131,8 @@ def _facts(name: str, settings: Settings) -> dict[str, str]:
         words += ["--image-size", str(settings.image_size)]
     words += ["--budget", f"{settings.budget / 60:g}", "--seed", str(settings.seed)]
     facts = {"Command": f"`{shlex.join(words)}`"}
-    budget = f"{settings.budget / 60:g} minutes for all models together"
+    trained = (settings.out / "runs").is_dir()
+    budget = f"{settings.budget / 60:g} minutes for all models together" if trained else "nothing is trained"
     if settings.portion < 1:
         budget += f"; a reduced form (default: {default:g}): fewer images are evaluated, as the tables count them"
     facts["Budget of training"] = budget
@@ -140,6 +143,9 @@ def _facts(name: str, settings: Settings) -> dict[str, str]:
         threads = torch.get_num_threads()
         facts["Device"] = f"{device}, {threads} thread{'' if threads == 1 else 's'} of {os.cpu_count()}"
     facts["Versions"] = f"genfast {genfast.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
+    if not trained:
+        facts["Intervals"] = "95%, by the central limit theorem, over the images that were measured"
+        return facts
     facts["Intervals"] = (
         "95%, by a bootstrap over the images that were evaluated. Two numbers are told apart where their intervals do "
         "not meet, or, of the same images, where that of their difference is without 0; intervals may then overlap. "

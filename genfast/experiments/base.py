@@ -627,11 +627,10 @@ def trend(values: Mapping[Any, Estimate | float], unit: str = "") -> str:
     if len(steps) == 1:
         return f"{steps[0]} from {at[first]} to {at[last]}"
     ordered = sorted(settings, key=lambda setting: _value(values[setting]))
-    words = " and ".join(steps) if len(steps) == 2 else "goes up and down"
-    parts = {first: at[first]}
-    parts[ordered[0]] = f"smallest {at[ordered[0]]}"
-    parts[ordered[-1]] = f"largest {at[ordered[-1]]}"
-    return f"{words}: {', '.join(parts.values())}"
+    at[ordered[0]] = f"smallest {at[ordered[0]]}"
+    at[ordered[-1]] = f"largest {at[ordered[-1]]}"
+    told = [at[setting] for setting in settings if setting in (first, ordered[0], ordered[-1], last)]
+    return f"{' and '.join(steps) if len(steps) == 2 else 'goes up and down'}: {', '.join(told)}"
 
 
 def _value(value: Estimate | float) -> float:

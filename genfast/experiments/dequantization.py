@@ -23,7 +23,7 @@ from genfast.experiments.base import (
     versus,
 )
 from genfast.experiments.figures import Panel, save_panels, save_plots
-from genfast.experiments.measures import drawn, headings, of_samples
+from genfast.experiments.measures import drawn, headings, of_samples, some_of
 from genfast.flows import Dequantize
 from genfast.models.base import evaluating
 from genfast.models.flow import Flow
@@ -31,10 +31,12 @@ from genfast.models.flow_presets import FlowPreset
 from genfast.random import derive_seed
 
 _KINDS = ("none", "uniform", "variational")
+# Of so many images there are several epochs to be drawn.
+_IMAGES = 10_000
 _FIT = {"batch_size": 64, "lr": 2e-3, "evaluate_every": 1}
 _BATCH_SIZE = 256
 # Where between two grey levels the density is looked at; its middle is what a flow without noise has seen.
-_OFFSETS = tuple((index + 0.5) / 21 for index in range(21))
+_OFFSETS = tuple((index + 0.5) / 15 for index in range(15))
 _MIDDLE = len(_OFFSETS) // 2
 _DRAWS, _SHOWN = 16, 36
 _UNIT = "bits per dimension"
@@ -42,7 +44,7 @@ _UNIT = "bits per dimension"
 
 def run(settings: Settings) -> Page:
     """Train a flow with each kind of noise, bound the likelihood of all of them alike, and write the pictures."""
-    splits = settings.load()
+    splits = some_of(settings.load(), _IMAGES)
     # The slowest says how many epochs there are.
     epochs, splits = equal_epochs(
         settings, "flow", splits=splits, seconds=settings.budget / len(_KINDS),

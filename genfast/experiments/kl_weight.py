@@ -92,7 +92,7 @@ def _page(settings: Settings, splits: training.Splits, epochs: int, k: int, rows
     silent = [weight for weight, units in by["active_units"].items() if units == 0]
     if silent:
         kls = ", ".join(number(by["kl"][weight]) for weight in silent)
-        page.say(f"At weight {' and '.join(silent)} no unit is active: the posterior is the prior (KL {kls} nats).")
+        page.say(f"At weight {' and '.join(silent)} no unit is active; the KL there is {kls} nats.")
     if by["frechet_distance"][rows[0]["weight"]] is not None:
         nearest = best(by["frechet_distance"], "lower")
         page.say(f"The samples are nearest to the test images, by the Fréchet distance, at weight {nearest}.")

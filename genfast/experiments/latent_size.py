@@ -7,13 +7,15 @@ from typing import Any
 from torch import Tensor
 
 from genfast import training
-from genfast.experiments.base import Page, Settings, best, equal_epochs, train_run, trend
+from genfast.experiments.base import Page, Settings, best, equal_epochs, number, train_run, trend
 from genfast.experiments.figures import Panel, save_panels, save_plots
 from genfast.experiments.measures import ABOUT_LIKELIHOODS, bound, codes, drawn, headings, log_likelihood, of_samples
 from genfast.metrics import active_units
 
 SIZES = (2, 10, 25, 50)
 _SHOWN, _RECONSTRUCTED = 48, 10
+# Of the KL: a unit may be active and hold next to nothing.
+_SHARE = 0.99
 
 
 def run(settings: Settings) -> Page:
@@ -39,7 +41,7 @@ def run(settings: Settings) -> Page:
         rows.append({
             "size": size, **bound(model, test, settings.seed),
             "log_likelihood": log_likelihood(model, some, k, settings.seed), "active_units": active_units(mu),
-            **of_samples(images, splits), "seconds": trained.seconds,
+            "holding": _holding(per_unit[size]), **of_samples(images, splits), "seconds": trained.seconds,
         })  # fmt: skip
     save_panels(samples, settings.out / "samples.png", columns=6)
     save_panels(reconstructions, settings.out / "reconstructions.png", columns=2)
@@ -53,6 +55,11 @@ def _kl_of_units(mu: Tensor, logvar: Tensor) -> Tensor:
     return (0.5 * (mu.square() + logvar.exp() - 1 - logvar)).mean(0).sort(descending=True).values
 
 
+def _holding(kl: Tensor) -> int:
+    """The fewest units that hold 99% of the KL."""
+    return int((kl.cumsum(0) < _SHARE * kl.sum()).sum()) + 1
+
+
 def _plot(settings: Settings, rows: list[dict[str, Any]], per_unit: dict[int, Tensor]) -> None:
     sizes = [row["size"] for row in rows]
     bounds = {
@@ -60,7 +67,11 @@ def _plot(settings: Settings, rows: list[dict[str, Any]], per_unit: dict[int, Te
         "importance-weighted": [(row["size"], row["log_likelihood"]) for row in rows],
     }
     units = {str(size): list(enumerate(kl.tolist(), start=1)) for size, kl in per_unit.items()}
-    used = {"active": [(row["size"], row["active_units"]) for row in rows], "all": [(size, size) for size in sizes]}
+    used = {
+        "active": [(row["size"], row["active_units"]) for row in rows],
+        "holding 99% of the KL": [(row["size"], row["holding"]) for row in rows],
+        "all": [(size, size) for size in sizes],
+    }
     panels = [
         Panel("bounds on log p(x), test", "latent dimensions", "nats per image", bounds),
         Panel("KL of each unit", "unit, by its KL", "nats", units, log_y=True),
@@ -83,14 +94,17 @@ def _page(
     page.say(
         f"The importance-weighted bound with {k} draws is highest at {best(by['log_likelihood'], 'higher', 'nats')}."
     )
-    page.say(f"The number of active units {trend(by['active_units'])}; the KL {trend(by['kl'], 'nats')}.")
+    page.say(
+        f"The number of active units {trend(by['active_units'])}; that of the units which hold 99% of the KL "
+        f"{trend(by['holding'])}. The KL {trend(by['kl'], 'nats')}."
+    )
     unused = {size: size - units for size, units in ((row["size"], row["active_units"]) for row in rows)}
     if any(unused.values()):
         words = ", ".join(f"{count} of {size}" for size, count in unused.items() if count)
         largest = max(per_unit)
         page.say(
-            f"Units that are not active, and hold next to nothing of the image: {words}. With {largest} dimensions the "
-            f"most used unit holds {per_unit[largest][0]:.2f} nats, the least used one {per_unit[largest][-1]:.4f}."
+            f"Units that are not active: {words}. With {largest} dimensions the KL of the most used unit is "
+            f"{number(float(per_unit[largest][0]))} nats, of the least used one {number(float(per_unit[largest][-1]))}."
         )
     else:
         page.say("All units of all models are active.")
@@ -110,7 +124,7 @@ def _page(
         f"{len(SIZES)} VAEs (mlp, 784-400-latent), {epochs} epochs of {len(splits.train):,} images for each.",
         {
             "size": "latent dimensions", "nll": "nll, nats", "kl": "KL, nats", "elbo": "ELBO, nats",
-            "log_likelihood": f"log p(x) at least (k = {k}), nats",
+            "log_likelihood": f"log p(x) at least (k = {k}), nats", "holding": "units with 99% of the KL",
             **headings("active_units", "frechet_distance", "precision", "recall", "coverage", "seconds"),
         },
     )  # fmt: skip

@@ -16,7 +16,7 @@ from genfast.random import as_seed
 
 __all__ = [
     "ABOUT_LIKELIHOODS", "are_digits", "bound", "codes", "drawn", "headings", "log_likelihood", "of_samples",
-    "squared_error",
+    "some_of", "squared_error",
 ]  # fmt: skip
 
 ABOUT_LIKELIHOODS = (
@@ -40,6 +40,21 @@ def are_digits(splits: training.Splits) -> bool:
         True
     """
     return splits.name in _DIGITS and splits.train.shape[1] == 1
+
+
+def some_of(splits: training.Splits, count: int) -> training.Splits:
+    """With at most `count` training images, drawn at random, the same ones each time.
+
+    Example:
+        >>> len(some_of(training.load_dataset("digits"), 100).train)
+        100
+    """
+    if len(splits.train) <= count:
+        return splits
+    # A set may be sorted by its labels.
+    chosen = torch.randperm(len(splits.train), generator=torch.Generator().manual_seed(0))[:count].sort().values
+    labels = None if splits.train_labels is None else splits.train_labels[chosen]
+    return splits._replace(train=splits.train[chosen], train_labels=labels)
 
 
 def headings(*names: str) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["DEFINITIONS", "Definition"]
+__all__ = ["DEFINITIONS", "Definition", "table"]
 
 
 @dataclass(frozen=True)
@@ -111,3 +111,17 @@ DEFINITIONS: dict[str, Definition] = {
     "parameters": Definition("parameters", "", "", "Numbers that training changes."),
     "seconds": Definition("training time", "seconds", "", "Wall time of training, without evaluations."),
 }  # fmt: skip
+
+
+def table() -> str:
+    """All definitions as a table in Markdown: that of docs/metrics.md.
+
+    Example:
+        >>> print(table().splitlines()[0])
+        | name | heading | unit | better | what it is |
+    """
+    rows = ["| name | heading | unit | better | what it is |", "| --- | --- | --- | --- | --- |"]
+    for name, each in DEFINITIONS.items():
+        source = f" ({each.source})" if each.source else ""
+        rows.append(f"| `{name}` | {each.title} | {each.unit} | {each.better} | {each.text}{source} |")
+    return "\n".join(rows) + "\n"

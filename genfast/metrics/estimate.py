@@ -78,9 +78,9 @@ def _plain(number: float) -> str:
     return f"{number:.0f}" if number == round(number) or abs(number) >= 1e4 else f"{number:.4g}"
 
 
-def own_generator() -> torch.Generator:
+def own_generator(seed: int = 0) -> torch.Generator:
     """Of every bootstrap: the same numbers give the same interval, and torch's own generator is left alone."""
-    return torch.Generator().manual_seed(0)
+    return torch.Generator().manual_seed(seed)
 
 
 def resampled_rows(n: int, generator: torch.Generator, resamples: int = RESAMPLES) -> Iterator[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ __all__ = ["frechet_distance", "inception_fid"]
 
 _ENOUGH = 2048
 _BIAS_DRAWS = 10
+# Numbers at a time: bounds the memory.
+_CHUNK = 1 << 22
 # Of 2,048 features a single resample of 10,000 images takes about 100 GFLOP.
 _INCEPTION_RESAMPLES = 20
 _INCEPTION_FEATURES = 2048
@@ -68,10 +71,9 @@ def frechet_of_features(
     metric.update(reference, real=True)
     metric.update(features, real=False)
     value = max(0.0, float(metric.compute()))
-    mean, covariance = _moments(reference)
-    root = _root(covariance)
-    draws = [_distance(*_moments(features, rows), mean, covariance, root) for rows in _draws(len(features), resamples)]
-    return of_resamples(value, torch.stack(draws), len(features), low=0.0)
+    other = _moments(reference, reference.new_ones(1, len(reference)))
+    draws = [_distances(_moments(features, counts), other) for counts in _draws(features, len(features), resamples)]
+    return of_resamples(value, torch.cat(draws), len(features), low=0.0)
 
 
 def inception_fid(images: Tensor, reference: Tensor, *, device: torch.device | str | None = None) -> Estimate:
@@ -160,45 +162,44 @@ def _warn_of_bias(name: str, features: Tensor, reference: Tensor) -> None:
     if not few:
         return
     # Two draws from one distribution, as many as there are: without bias their distance would be 0.
-    pairs = zip(_draws(len(reference), _BIAS_DRAWS, len(features)), _draws(len(reference), _BIAS_DRAWS), strict=True)
-    bias = torch.stack([_distance(*_moments(reference, a), *_moments(reference, b)) for a, b in pairs]).mean()
+    one = (_moments(reference, counts) for counts in _draws(reference, len(features), _BIAS_DRAWS, seed=1))
+    other = (_moments(reference, counts) for counts in _draws(reference, len(reference), _BIAS_DRAWS))
+    bias = float(torch.cat([_distances(*pair) for pair in zip(one, other, strict=True)]).mean())
     warnings.warn(
-        f"{name}: {' and '.join(few)} are few: as many drawn from the reference itself score {float(bias):.2g} instead "
-        f"of 0; expected at least {_ENOUGH:,} of both",
+        f"{name}: {' and '.join(few)} are few: as many drawn from the reference itself score "
+        f"{bias:{'.2g' if bias < 10 else ',.0f'}} instead of 0; expected at least {_ENOUGH:,} of both",
         UserWarning,
         stacklevel=4,
     )
 
 
-def _draws(rows: int, resamples: int, count: int | None = None) -> list[Tensor]:
-    """How often each of `rows` comes among `count` draws with replacement: fp64 [rows], `resamples` times."""
-    generator, count = own_generator(), rows if count is None else count
-    if count != rows:
-        # Of another size: other draws.
-        generator.manual_seed(1)
-    return [
-        torch.randint(rows, (count,), generator=generator).bincount(minlength=rows).double() for _ in range(resamples)
-    ]
+def _draws(features: Tensor, count: int, resamples: int, seed: int = 0) -> Iterator[Tensor]:
+    """How often each row comes among `count` draws with replacement: [R, N], for `resamples` in all."""
+    generator = own_generator(seed)
+    rows, size = features.shape
+    at_once = max(1, _CHUNK // (rows * size))
+    for start in range(0, resamples, at_once):
+        drawn = torch.randint(rows, (min(at_once, resamples - start), count), generator=generator)
+        counts = torch.zeros(len(drawn), rows, dtype=features.dtype)
+        yield counts.scatter_add_(1, drawn, counts.new_ones(()).expand(drawn.shape)).to(features.device)
 
 
-def _moments(features: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Mean [F] and covariance [F, F], each row counted so often."""
-    counts = features.new_ones(len(features)) if counts is None else counts.to(features)
-    total = counts.sum()
-    mean = counts @ features / total
-    centred = (features - mean) * counts.sqrt().unsqueeze(1)
-    return mean, centred.T @ centred / (total - 1)
+def _moments(features: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Means [R, F] and covariances [R, F, F] of the rows, each counted so often [R, N]."""
+    total = counts.sum(1)
+    shift = features.mean(0)
+    centred = features - shift
+    mean = counts @ centred / total[:, None]
+    second = (counts[:, :, None] * centred).transpose(1, 2) @ centred
+    outer = mean[:, :, None] * mean[:, None, :]
+    return mean + shift, (second - total[:, None, None] * outer) / (total - 1)[:, None, None]
 
 
-def _root(covariance: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(covariance)
-    return vectors * values.clamp(min=0).sqrt() @ vectors.T
-
-
-def _distance(
-    mean: Tensor, covariance: Tensor, mean2: Tensor, covariance2: Tensor, root2: Tensor | None = None
-) -> Tensor:
-    root2 = _root(covariance2) if root2 is None else root2
+def _distances(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
+    """The distance [R] of each pair of Gaussians, given by their moments."""
+    values, vectors = torch.linalg.eigh(other[1])
+    root = vectors * values.clamp(min=0).sqrt().unsqueeze(-2) @ vectors.mT
     # S1 S2 and S2^(1/2) S1 S2^(1/2) have the same eigenvalues; the second is symmetric.
-    shared = torch.linalg.eigvalsh(root2 @ covariance @ root2).clamp(min=0).sqrt().sum()
-    return (mean - mean2).square().sum() + covariance.trace() + covariance2.trace() - 2 * shared
+    shared = torch.linalg.eigvalsh(root @ one[1] @ root).clamp(min=0).sqrt().sum(-1)
+    traces = one[1].diagonal(dim1=-2, dim2=-1).sum(-1) + other[1].diagonal(dim1=-2, dim2=-1).sum(-1)
+    return ((one[0] - other[0]).square().sum(-1) + traces - 2 * shared).clamp(min=0)

@@ -88,4 +88,4 @@ def _rate(counts: Tensor, seconds: Tensor) -> Estimate:
     value, images = float(counts.sum() / seconds.sum()), int(counts.sum())
     if len(counts) < 2:
         return Estimate(value, n=images)
-    return of_resamples(value, counts[rows].sum(1) / seconds[rows].sum(1), images, low=0.0)
+    return of_resamples(value, counts[rows].sum(1) / seconds[rows].sum(1), images, centred=False)

@@ -338,7 +338,8 @@ class GAN(Model):
     def diagnose(self, row: Mapping[str, float]) -> str | None:
         """What a row of `fit`'s history shows to have gone wrong: one line, or None.
 
-        Of the test set's parts where the row has them: those of the epoch's end.
+        Images of a generator that has learned nothing yet are alike, too. Of the test set's parts where the row has
+        them: those of the epoch's end.
 
         Example:
             >>> GAN(width=8).diagnose({"diversity": 0.01, "d_real": 0.7, "d_fake": 0.3})

@@ -14,7 +14,7 @@ from genfast.metrics.estimate import of_mean, of_ratio, of_resamples, of_shares,
     ("estimate", "text"),
     [
         (Estimate(12.345, 11.9, 12.81), "12.3 [11.9, 12.8]"),
-        (Estimate(0.9876, 0.9861, 0.9884), "0.988 [0.986, 0.988]"),
+        (Estimate(0.9876, 0.9861, 0.9884), "0.9876 [0.9861, 0.9884]"),
         (Estimate(36594.3, 26427.0, 52338.2), "36594 [26427, 52338]"),
         (Estimate(10.0, 9.0, 10.0), "10 [9, 10]"),
         (Estimate(0.0, 0.0, 0.0), "0 [0, 0]"),

@@ -76,14 +76,15 @@ def test_a_set_against_itself_and_at_any_range(digits):
 
 
 def test_worse_images_are_further(digits):
-    images, reference = digits[:ENOUGH], digits[ENOUGH : 2 * ENOUGH]
+    images, reference = digits[:ENOUGH] / 255, digits[ENOUGH : 2 * ENOUGH]
     noise = torch.randn(images.shape)
-    distances = [
-        frechet_distance((images / 255 + amount * noise).clamp(0, 1), reference).value for amount in (0, 0.1, 0.3)
-    ]
-    assert distances == sorted(distances)
-    blurred = torch.nn.functional.avg_pool2d(images / 255, 3, stride=1, padding=1)
-    assert frechet_distance(blurred, reference).value > 2 * distances[0]
+    own, little, much = (
+        frechet_distance((images + amount * noise).clamp(0, 1), reference) for amount in (0, 0.2, 0.4)
+    )
+    assert own.high < little.low
+    assert little.high < much.low
+    blurred = torch.nn.functional.avg_pool2d(images, 3, stride=1, padding=1)
+    assert own.high < frechet_distance(blurred, reference).low
 
 
 def test_intervals_cover_what_other_samples_would_give():
@@ -92,10 +93,10 @@ def test_intervals_cover_what_other_samples_would_give():
     scale = torch.tensor([0.5, 1.0, 1.5, 2.0], dtype=torch.float64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        draws = torch.randn(120, count, size, dtype=torch.float64) * scale + 0.5
-        found = [frechet_of_features(draw, reference, resamples=100) for draw in draws]
+        draws = torch.randn(100, count, size, dtype=torch.float64) * scale + 0.5
+        found = [frechet_of_features(draw, reference, resamples=80) for draw in draws]
     expected = sum(each.value for each in found) / len(found)
-    assert 0.87 <= sum(each.low <= expected <= each.high for each in found) / len(found) <= 0.995
+    assert 0.86 <= sum(each.low <= expected <= each.high for each in found) / len(found) <= 0.995
 
 
 def test_few_images_are_told_with_the_bias_of_as_many():

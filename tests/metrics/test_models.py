@@ -102,7 +102,7 @@ def test_samples_are_compared_with_pixels_as_the_model_was_given(splits):
     assert found["nearest_distance"].value == 0
     grey = evaluate_model(Copying(splits.train), splits, samples=100, binarize="threshold")
     assert grey["nearest_distance"].value > 1
-    assert evaluate_model(Copying(splits.train), splits, samples=100, binarize="dynamic")["memorisation"].value > 0.5
+    assert evaluate_model(Copying(splits.train), splits, samples=100, binarize="dynamic")["memorisation"].value > 0.3
 
     class OfMeans(Copying):
         likelihood = "bernoulli"

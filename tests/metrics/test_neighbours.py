@@ -39,9 +39,9 @@ def by_a_loop(images, reference, k):
 @pytest.mark.parametrize("chunk", [1 << 24, 7])
 def test_against_a_loop(k, chunk, monkeypatch):
     monkeypatch.setattr("genfast.metrics.neighbours._CHUNK", chunk)
-    images, reference = torch.randn(40, 3).double(), 1.3 * torch.randn(40, 3).double() + 0.7
+    images, reference = 2 * torch.randn(40, 3).double(), torch.randn(40, 3).double() + 2
     expected = by_a_loop(images, reference, k)
-    assert 0.2 < expected[1] < expected[0] < 0.99
+    assert 0.05 < min(expected) <= max(expected) < 0.99
     assert values(precision_recall_of_features(images, reference, k)) == pytest.approx(expected, rel=1e-12)
 
 
@@ -53,7 +53,7 @@ def test_sets_that_are_known():
     # One mode of two: good and not various. A mode of its own: various and half good.
     dropped = values(precision_recall_of_features(near, both))
     assert dropped[0] > 0.8
-    assert 0.4 < dropped[1] < 0.5
+    assert 0.4 < dropped[1] <= 0.5
     invented = values(precision_recall_of_features(both, near))
     assert (invented[0], invented[1]) == (dropped[1], dropped[0])
 

@@ -29,9 +29,12 @@ def write_mnist_like(root, name, digits, count=20):
     """The four files that torchvision reads for MNIST and its kin."""
     raw = root / name / "raw"
     raw.mkdir(parents=True)
-    for part, images in (("train", digits.train), ("t10k", digits.test)):
+    for part, images, labels in (
+        ("train", digits.train, digits.train_labels),
+        ("t10k", digits.test, digits.test_labels),
+    ):
         write_idx(raw / f"{part}-images-idx3-ubyte", images[:count, 0].numpy())
-        write_idx(raw / f"{part}-labels-idx1-ubyte", np.zeros(count, np.uint8))
+        write_idx(raw / f"{part}-labels-idx1-ubyte", labels[:count].numpy().astype(np.uint8))
 
 
 def test_digits_are_real_and_complete(digits):
@@ -43,6 +46,15 @@ def test_digits_are_real_and_complete(digits):
     # MNIST's own mean is 0.1307.
     assert abs(digits.train.double().mean() / 255 - 0.1307) < 0.002
     assert len(digits.train.flatten(1).unique(dim=0)) == 5000
+
+
+def test_labels_are_those_of_the_images(digits):
+    for images, labels in ((digits.train, digits.train_labels), (digits.test, digits.test_labels)):
+        assert (labels.dtype, labels.shape) == (torch.int64, images.shape[:1])
+    # A one has the least ink and a zero the most, by far.
+    ink = torch.stack([digits.test[digits.test_labels == digit].double().mean() for digit in range(10)])
+    assert (ink.argmin(), ink.argmax()) == (1, 0)
+    assert torch.equal(load_dataset("digits", image_size=14).test_labels, digits.test_labels)
 
 
 def test_bundle_has_labels_and_licence():
@@ -64,6 +76,8 @@ def test_named_sets_are_read_from_the_root(name, folder, digits, tmp_path, monke
     assert splits.name == name
     assert torch.equal(splits.train, digits.train[:20])
     assert torch.equal(splits.test, digits.test[:20])
+    assert torch.equal(splits.train_labels, digits.train_labels[:20])
+    assert torch.equal(splits.test_labels, digits.test_labels[:20])
     monkeypatch.setenv("GENFAST_DATA", str(tmp_path))
     assert torch.equal(load_dataset(name).test, splits.test)
 
@@ -103,6 +117,7 @@ def test_folder_holds_out_every_tenth(tmp_path):
     assert splits.test[:, 0, 0, 0].tolist() == [9, 19]
     assert splits.train[:, 0, 0, 0].tolist() == [i for i in range(25) if i not in (9, 19)]
     assert splits.train.shape == (23, 1, 6, 8)
+    assert splits.train_labels is splits.test_labels is None
     assert splits.name == tmp_path.name
 
 

@@ -1,0 +1,201 @@
+"""Every family on the same images, each trained for the same time."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+
+from genfast import html_report, training
+from genfast._files import replacing
+from genfast.experiments.base import Page, Settings, Trained, best, number, train_run, versus
+from genfast.experiments.figures import save_panels
+from genfast.experiments.measures import headings
+from genfast.metrics import DEFINITIONS, Estimate, Likelihood, evaluate_model, likelihood
+from genfast.models import DDPM, VAE
+
+# Name of the model -> family, options of the model, and of its training where time alone ends it.
+_MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "AE": ("ae", {"preset": "conv"}, {}),
+    "VAE": ("vae", {"preset": "conv"}, {}),
+    "GAN": ("gan", {}, {}),
+    "flow": ("flow", {}, {"ema_decay": 0.999}),
+    "DDPM": ("ddpm", {}, {}),
+}
+_SHOWN, _SAMPLES = 36, 2048
+# Of the likelihoods: images, a VAE's draws, and a diffusion model's steps.
+_SCORED, _DRAWS, _STEPS = 500, 100, 50
+_OF_SAMPLES = (
+    "frechet_distance", "precision", "recall", "coverage", "entropy", "smallest_share", "confidence",
+    "nearest_distance", "memorisation", "sampling_speed",
+)  # fmt: skip
+_OF_MODELS = ("linear_probe", "active_units", "parameters", "seconds")
+
+
+def run(settings: Settings) -> Page:
+    """Train a model of each family, measure all of them alike, and write the pictures and an HTML report."""
+    splits = settings.load()
+    models: dict[str, Trained] = {}
+    for name, (family, build_options, fit_options) in _MODELS.items():
+        models[name] = train_run(
+            settings, family, name, splits=splits, seconds=settings.budget / len(_MODELS),
+            build_options=build_options, title=f"{name}, {splits.name}", **fit_options,
+        )  # fmt: skip
+    measured = {name: _measured(settings, splits, name, trained) for name, trained in models.items()}
+    images = {"test images": splits.test[:_SHOWN]}
+    for name, trained in models.items():
+        images[name] = trained.model.sample(_SHOWN, seed=settings.seed, **_sampling(trained))
+    save_panels({name: each.cpu() for name, each in images.items()}, settings.out / "samples.png", columns=6, across=3)
+    html_report.write_report([trained.folder for trained in models.values()], settings.out / "report.html")
+    return _page(settings, splits, models, measured)
+
+
+def _sampling(trained: Trained) -> dict[str, Any]:
+    return trained.model.quick_sampling(_STEPS) if isinstance(trained.model, DDPM) else {}
+
+
+def _measured(
+    settings: Settings, splits: training.Splits, name: str, trained: Trained
+) -> dict[str, Estimate | Likelihood]:
+    """By the name of the metric; also written into the run's folder, as `genfast evaluate --metrics` does."""
+    print(f"measuring {name}", flush=True)
+    model = trained.model
+    samples = settings.reduced(_SAMPLES, least=64)
+    found: dict[str, Estimate | Likelihood] = dict(
+        evaluate_model(model, splits, samples=samples, seed=settings.seed, **_sampling(trained))
+    )
+    images = splits.test[: settings.reduced(_SCORED, least=16)]
+    for options in _likelihoods(settings, model):
+        said = likelihood(model, images, seed=settings.seed, **options)
+        if said is not None:
+            found[said.kind] = said
+    kept = {"data": splits.name, "binarize": "none", "images": len(images), "seed": settings.seed}
+    kept["metrics"] = {metric: value.to_dict() for metric, value in found.items()}
+    with replacing(trained.folder / "evaluation.json") as temporary:
+        temporary.write_text(json.dumps(kept, indent=2) + "\n")
+    return found
+
+
+def _likelihoods(settings: Settings, model: torch.nn.Module) -> list[dict[str, Any]]:
+    """The options of each likelihood that the model is asked for."""
+    if isinstance(model, VAE):
+        return [{}, {"k": settings.reduced(_DRAWS, least=5)}]
+    if isinstance(model, DDPM):
+        return [{"steps": min(_STEPS, model.schedule.num_steps or _STEPS)}]
+    return [{}]
+
+
+def _page(
+    settings: Settings, splits: training.Splits, models: dict[str, Trained],
+    measured: dict[str, dict[str, Estimate | Likelihood]],
+) -> Page:  # fmt: skip
+    page = Page(
+        "Five families, one budget",
+        f"An autoencoder, a VAE, a GAN, a flow and a diffusion model are trained on the same {len(splits.train):,} "
+        f"images ({splits.name}), each for the same time on the same device. What has each learned by then?",
+    )
+    by = {
+        metric: {name: found[metric] for name, found in measured.items() if isinstance(found.get(metric), Estimate)}
+        for metric in (*_OF_SAMPLES, *_OF_MODELS)
+    }
+    page.section("What was observed")
+    seconds = [trained.seconds for trained in models.values()]
+    passes = ", ".join(f"{name} {trained.epochs:.3g}" for name, trained in models.items())
+    page.say(
+        f"In {number(min(seconds))} to {number(max(seconds))} seconds of training each went through the images so many "
+        f"times: {passes}."
+    )
+    _say_of_samples(page, by)
+    _say_of_likelihoods(page, measured)
+    if len(by["linear_probe"]) == 2:
+        first, second = by["linear_probe"]
+        probes = [by["linear_probe"][name] for name in (first, second)]
+        page.say(f"A linear probe of the codes: {versus(first, probes[0], second, probes[1])} (accuracy).")
+    for name, trained in models.items():
+        warned = [row for row in trained.history if "warning" in row]
+        if warned:
+            said = warned[-1]["warning"]
+            page.say(f"{name}: after {len(warned)} of {len(trained.history)} epochs `fit` warned, last of {said!r}.")
+    page.section("Pictures")
+    page.picture(
+        settings.out / "samples.png",
+        "Test images, and samples of each model; autoencoder and VAE: the decoder's means of draws from N(0, I).",
+    )
+    page.section("Numbers")
+    _tables(page, models, measured, by)
+    page.text(
+        "Every metric is defined in `genfast.metrics.DEFINITIONS`. Of all models as many samples are drawn and "
+        "compared with the test images; the autoencoder, which has no prior, is given codes from N(0, I). Diffusion "
+        f"samples with {_STEPS} steps of DDIM, and its bound is that of {_STEPS} steps. A likelihood stands in one "
+        "column with another only where both are of the same treatment of the pixels; a Bernoulli of grey pixels has "
+        "none, and its nats compare with nothing else. Other sizes of the networks, or a longer training, may give "
+        "another order."
+    )
+    return page
+
+
+def _say_of_samples(page: Page, by: dict[str, dict[str, Estimate]]) -> None:
+    for metric in ("frechet_distance", "precision", "recall", "confidence", "sampling_speed"):
+        what = DEFINITIONS[metric]
+        if by[metric] and all(value.value == 0 for value in by[metric].values()):
+            page.say(f"The {what.title} of all models is 0.")
+        elif len(by[metric]) > 1:
+            page.say(f"Best {what.title}: {best(by[metric], what.better, _unit(metric))}.")
+    if by["coverage"]:
+        whole = [name for name, value in by["coverage"].items() if value.value == 10]
+        others = {name: value for name, value in by["coverage"].items() if name not in whole}
+        missing = ", ".join(f"{name} ({value.value:.0f})" for name, value in others.items())
+        page.say(
+            f"All ten digits, each in 4% of the samples or more: {', '.join(whole) or 'no model'}."
+            + (f" Fewer: {missing}." if others else "")
+        )
+    near = {name: value for name, value in by["memorisation"].items() if value.high < 1}
+    if by["memorisation"]:
+        listed = ", ".join(f"{name} {number(value)}" for name, value in near.items()) or "no model"
+        page.say(f"Samples nearer to training images than test images are (ratio below 1): {listed}.")
+
+
+def _unit(metric: str) -> str:
+    unit = DEFINITIONS[metric].unit
+    return "" if unit == "share" else unit
+
+
+def _say_of_likelihoods(page: Page, measured: dict[str, dict[str, Estimate | Likelihood]]) -> None:
+    columns: dict[str, dict[str, Likelihood]] = {}
+    for name, found in measured.items():
+        for value in found.values():
+            if isinstance(value, Likelihood):
+                columns.setdefault(value.column, {})[name] = value
+    for values in columns.values():
+        if len(values) == 2:
+            (first, a), (second, b) = values.items()
+            page.say(f"Of {a.data}: {versus(first, a.estimate, second, b.estimate, a.unit)} (bounds).")
+
+
+def _tables(
+    page: Page, models: dict[str, Trained], measured: dict[str, dict[str, Estimate | Likelihood]],
+    by: dict[str, dict[str, Estimate]],
+) -> None:  # fmt: skip
+    rows: dict[str, dict[str, Any]] = {}
+    likelihoods: dict[str, str] = {}
+    for name, trained in models.items():
+        rows[name] = {"model": name, "seconds": trained.seconds, "epochs": trained.epochs}
+        rows[name]["parameters"] = int(measured[name]["parameters"].value)
+        for metric in (*_OF_SAMPLES, "linear_probe", "active_units"):
+            rows[name][metric] = measured[name].get(metric)
+        for value in measured[name].values():
+            if isinstance(value, Likelihood):
+                rows[name][value.column] = value.estimate
+                likelihoods[value.column] = value.column
+    known = [metric for metric in _OF_SAMPLES if by[metric]]
+    page.table(
+        list(rows.values()), "The samples of all models, measured alike.",
+        {"model": "model", **headings(*known)}, name="samples",
+    )  # fmt: skip
+    others = [metric for metric in ("linear_probe", "active_units") if by[metric]]
+    page.table(
+        list(rows.values()), "The models. What a family has not is not measured.",
+        {"model": "model", "epochs": "epochs", **headings("seconds", "parameters", *others), **likelihoods},
+        name="models",
+    )  # fmt: skip

@@ -1,0 +1,98 @@
+"""All families on the same images: one small run of all, and sentences that follow the numbers."""
+
+import json
+
+import pytest
+
+from genfast import AutoEncoder
+from genfast.experiments import compare, run_experiment
+from genfast.experiments.base import Trained
+from genfast.metrics import DEFINITIONS, Estimate, Likelihood
+from tests.experiments.small import about, assert_whole_page, few
+
+NAMES = ("AE", "VAE", "GAN", "flow", "DDPM")
+
+
+@pytest.mark.filterwarnings("ignore:frechet_distance")
+def test_it_finishes_in_seconds(tmp_path, capsys):
+    page = run_experiment("compare", few(tmp_path, budget=5.0))
+    assert_whole_page(page, tmp_path, ("samples.png",))
+    found = {}
+    for name in NAMES:
+        run, evaluation = (json.loads((tmp_path / "runs" / name / f"{file}.json").read_text())
+                           for file in ("run", "evaluation"))  # fmt: skip
+        found[name] = evaluation["metrics"]
+        assert (run["data"], run["time"]) == ("digits", 1.0)
+        assert {"frechet_distance", "precision", "memorisation", "sampling_speed", "parameters"} <= set(found[name])
+        assert found[name]["frechet_distance"]["n"] == 64
+    assert {name for name in NAMES if "linear_probe" in found[name]} == {"AE", "VAE"}
+    bits = {name: found[name]["bits_per_dim"] for name in NAMES if "bits_per_dim" in found[name]}
+    assert set(bits) == {"flow", "DDPM"}
+    assert bits["flow"]["data"] == bits["DDPM"]["data"] != found["VAE"]["elbo"]["data"]
+    assert {"elbo", "iwae"} <= set(found["VAE"])
+    html = (tmp_path / "report.html").read_text()
+    assert DEFINITIONS["frechet_distance"].title in html
+    assert all(f">{name}</a>" in html for name in NAMES)
+
+
+def measured(**changes):
+    found = {
+        "frechet_distance": about(10.0), "precision": about(0.5), "recall": about(0.5), "confidence": about(0.9),
+        "coverage": Estimate(10.0), "memorisation": about(1.0, 0.05), "sampling_speed": about(100.0),
+        "parameters": Estimate(10),
+    }  # fmt: skip
+    return {**found, **changes}
+
+
+def bits(value, data="pixels of 256 grey levels"):
+    return Likelihood(about(value), "bits_per_dim", "upper", "bits per dimension", data)
+
+
+def page(tmp_path, found, **history):
+    settings = few(tmp_path, budget=1.0)
+    models = {
+        name: Trained(AutoEncoder(), history.get(name, [{"epoch": 3}]), tmp_path, 10.0, {}) for name in found
+    }  # fmt: skip
+    return compare._page(settings, settings.load(), models, found)
+
+
+def test_the_page_says_what_its_numbers_say(tmp_path):
+    found = {
+        "AE": measured(frechet_distance=about(50.0), linear_probe=about(0.95, 0.01), coverage=Estimate(7.0)),
+        "VAE": measured(linear_probe=about(0.9, 0.01), memorisation=about(0.8, 0.05), elbo=bits(2.0, "grey pixels")),
+        "flow": measured(frechet_distance=about(9.9), bits_per_dim=bits(2.0)),
+        "DDPM": measured(bits_per_dim=bits(1.0), precision=about(0.9)),
+    }  # fmt: skip
+    made = page(tmp_path, found, DDPM=[{"epoch": 2, "warning": "it diverges"}])
+    said = "\n".join(made.statements)
+    assert "flow (9.90 [9.80, 10.00]); not told apart from it: VAE, DDPM" in said
+    assert "Best precision: DDPM (0.90 [0.80, 1.00])." in said
+    assert "Best recall: AE (0.50 [0.40, 0.60]); not told apart from it: VAE, flow, DDPM." in said
+    assert "4% of the samples or more: VAE, flow, DDPM. Fewer: AE (7)." in said
+    assert "(ratio below 1): VAE 0.80" in said
+    assert "Of pixels of 256 grey levels: flow 2.00 [1.90, 2.10] bits per dimension, above DDPM" in said
+    assert "AE 0.950 [0.940, 0.960], above VAE 0.900 [0.890, 0.910]" in said
+    assert "DDPM: after 1 of 1 epochs `fit` warned, last of 'it diverges'." in said
+    (tmp_path / "samples.png").touch()
+    made.write(tmp_path / "page")
+    columns = (tmp_path / "page" / "models.csv").read_text().splitlines()[0]
+    assert columns.count("256 grey levels") == 4
+    assert columns.count("grey pixels") == 4
+
+
+def test_and_what_other_numbers_say(tmp_path):
+    found = {
+        "flow": measured(bits_per_dim=bits(1.05), recall=Estimate(0.0)),
+        "DDPM": measured(bits_per_dim=bits(1.0, "pixels binarized at 128"), recall=Estimate(0.0)),
+    }
+    said = "\n".join(page(tmp_path, found).statements)
+    # Of different treatments of the pixels, numbers are not compared.
+    assert "Of pixels" not in said
+    assert "The recall of all models is 0." in said
+    assert "(ratio below 1): no model." in said
+    assert "linear probe" not in said
+    assert "warned" not in said
+    found["DDPM"]["bits_per_dim"] = bits(1.0)
+    assert "flow 1.05 [0.95, 1.15] bits per dimension, not told apart from DDPM" in "\n".join(
+        page(tmp_path, found).statements
+    )
