@@ -33,8 +33,8 @@ def test_the_blocks_run(page, tmp_path):
 
 def test_the_pages_are_found_and_their_blocks_too():
     expected = {
-        "README.md", "diffusion.md", "flows.md", "gan.md", "metrics.md", "models.md", "noise.md", "reproducibility.md", "scaling.md",
-        "schedules.md", "training.md",
+        "README.md", "diffusion.md", "flows.md", "gan.md", "metrics.md", "models.md", "noise.md", "reproducibility.md",
+        "scaling.md", "schedules.md", "training.md",
     }  # fmt: skip
     assert {page.name for page in PAGES} >= expected
     assert all(code_of(page) for page in PAGES)

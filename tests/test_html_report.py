@@ -95,6 +95,14 @@ def test_the_best_is_marked_with_what_its_interval_does_not_tell_from_it(tmp_pat
     assert column(table, html_report.DEFINITIONS["frechet_distance"].title)[3] == "not a number"
 
 
+def test_where_higher_is_better_the_highest_is_marked(tmp_path):
+    for name, value in {"a": 0.5, "b": 0.88, "c": 0.9}.items():
+        make_run(tmp_path / name, evaluation={"precision": {"value": value, "low": value - 0.02, "high": value + 0.02,
+                                                            "n": 99}})  # fmt: skip
+    page, _ = page_of([tmp_path / name for name in "abc"], tmp_path)
+    assert re.findall(r'<td class=best data-value="([\d.]+)">', page) == ["0.88", "0.9"]
+
+
 def test_runs_on_different_data_stand_in_tables_of_their_own(tmp_path):
     runs = [
         make_run(tmp_path / "a"), make_run(tmp_path / "b", data="mnist", train_images=60_000),
@@ -213,14 +221,14 @@ def browser():
 
 @pytest.fixture(scope="module")
 def shown(browser, tmp_path_factory):
-    """The page of four runs, open, and what the browser logged meanwhile."""
+    """The page of five runs, open, and what the browser logged meanwhile."""
     folder = tmp_path_factory.mktemp("runs")
-    for name, value in {"nine": 9.0, HOSTILE: 100.0, "ten": 10.5, "none": None}.items():
+    for name, value in {"nine": 9.5, HOSTILE: 100.0, "ten": 10.5, "none": None, "near": 9.25}.items():
         make_run(folder / name, evaluation=value and frechet(value))
     (folder / "ten" / "metrics.jsonl").write_text('{"epoch": 1, "loss": 5.0, "test_loss": 6.0}\n')
     report.save_video(torch.rand(3, 4, 1, 8, 8), folder / "nine" / "reverse-0.mp4")
     page = folder / "report.html"
-    names = ["nine", HOSTILE, "ten", "none"]
+    names = ["nine", HOSTILE, "ten", "none", "near"]
     html_report.write_report([folder / name for name in names], page)
     browser.get_log("performance")
     browser.get(page.as_uri())
@@ -242,12 +250,12 @@ def click(driver, heading):
 def test_a_click_sorts_numbers_as_numbers(shown):
     driver, *_ = shown
     title = html_report.DEFINITIONS["frechet_distance"].title
-    assert click(driver, title) == ["nine", "ten", HOSTILE, "none"]
-    assert click(driver, title) == [HOSTILE, "ten", "nine", "none"]
+    assert click(driver, title) == ["near", "nine", "ten", HOSTILE, "none"]
+    assert click(driver, title) == [HOSTILE, "ten", "nine", "near", "none"]
     headings = driver.find_elements("css selector", "table.sortable thead th")
     assert [each.get_attribute("aria-sort") for each in headings].count("descending") == 1
-    assert click(driver, "run") == [HOSTILE, "nine", "none", "ten"]
-    assert click(driver, title) == ["nine", "ten", HOSTILE, "none"]
+    assert click(driver, "run") == [HOSTILE, "near", "nine", "none", "ten"]
+    assert click(driver, title) == ["near", "nine", "ten", HOSTILE, "none"]
 
 
 def test_the_page_asks_for_nothing_and_complains_of_nothing(shown):
@@ -261,7 +269,7 @@ def test_the_page_asks_for_nothing_and_complains_of_nothing(shown):
 def test_pictures_and_curves_are_there(shown):
     driver, *_ = shown
     widths = driver.execute_script("return [...document.images].map((image) => image.naturalWidth)")
-    assert len(widths) == 4
+    assert len(widths) == 5
     assert all(width > 0 for width in widths)
     video = driver.execute_async_script(
         "const done = arguments[0], video = document.querySelector('video');"
@@ -269,7 +277,7 @@ def test_pictures_and_curves_are_there(shown):
         "if (video.readyState > 0) tell(); else { video.onloadedmetadata = tell; video.onerror = tell; video.load(); }"
     )
     assert video[0] > 0, video
-    assert driver.execute_script("return document.querySelectorAll('svg polyline.train').length") == 3
+    assert driver.execute_script("return document.querySelectorAll('svg polyline.train').length") == 4
     assert driver.execute_script("return document.querySelectorAll('svg circle.test').length") == 1
 
 

@@ -7,7 +7,16 @@ from typing import Any
 from genfast import training
 from genfast.experiments.base import Page, Settings, Trained, best, equal_epochs, number, train_run, trend
 from genfast.experiments.figures import Panel, save_panels, save_plots
-from genfast.experiments.measures import ABOUT_LIKELIHOODS, bound, codes, drawn, headings, log_likelihood, of_samples
+from genfast.experiments.measures import (
+    ABOUT_LIKELIHOODS,
+    ABOUT_SAMPLES,
+    bound,
+    codes,
+    drawn,
+    headings,
+    log_likelihood,
+    of_samples,
+)
 from genfast.metrics import active_units
 
 WEIGHTS = (0.0, 0.075, 1.0, 5.0, 10.0, 30.0, 40.0)
@@ -116,7 +125,7 @@ def _page(settings: Settings, splits: training.Splits, epochs: int, k: int, rows
         },
     )  # fmt: skip
     page.text(
-        f"{ABOUT_LIKELIHOODS} The ELBO is that of weight 1 whatever was trained. Other weights train an encoder that "
-        "is not the one the ELBO asks for, which costs the importance-weighted bound tightness as well."
+        f"{ABOUT_LIKELIHOODS} {ABOUT_SAMPLES} The ELBO is that of weight 1 whatever was trained. Other weights train "
+        "an encoder that is not the one the ELBO asks for, which costs the importance-weighted bound tightness as well."
     )
     return page

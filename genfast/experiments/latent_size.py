@@ -9,7 +9,16 @@ from torch import Tensor
 from genfast import training
 from genfast.experiments.base import Page, Settings, best, equal_epochs, number, train_run, trend
 from genfast.experiments.figures import Panel, save_panels, save_plots
-from genfast.experiments.measures import ABOUT_LIKELIHOODS, bound, codes, drawn, headings, log_likelihood, of_samples
+from genfast.experiments.measures import (
+    ABOUT_LIKELIHOODS,
+    ABOUT_SAMPLES,
+    bound,
+    codes,
+    drawn,
+    headings,
+    log_likelihood,
+    of_samples,
+)
 from genfast.metrics import active_units
 
 SIZES = (2, 10, 25, 50)
@@ -128,5 +137,5 @@ def _page(
             **headings("active_units", "frechet_distance", "precision", "recall", "coverage", "seconds"),
         },
     )  # fmt: skip
-    page.text(ABOUT_LIKELIHOODS)
+    page.text(f"{ABOUT_LIKELIHOODS} {ABOUT_SAMPLES}")
     return page

@@ -208,10 +208,12 @@ def _page(
     page.section("What was observed")
     for size, (how, values, error) in references.items():
         one, other = at[size, plain, draws], at[size, weighted, draws]
-        known = "" if math.isnan(error) else f" (half as many points along each axis differ by at most {error:.1e})"
-        page.say(f"With {size} latent dimensions log p(x) is {float(values.mean()):.2f} nats by {how}{known}.")
+        known = f"half as many points along each axis differ by at most {error:.1e}"
+        if math.isnan(error):
+            known = "in expectation itself below log p(x)"
+        page.say(f"With {size} latent dimensions the reference is {float(values.mean()):.2f} nats: {how}, {known}.")
         page.say(
-            f"There, with {draws:,} draws, {plain} is off by {number(one['off'])} nats, {weighted} by "
+            f"From there, with {draws:,} draws, {plain} is off by {number(one['off'])} nats, {weighted} by "
             f"{number(other['off'])}. The variance of one image's estimate, from call to call, in nats squared: "
             f"{versus(plain, one['variance'], weighted, other['variance'])}. Of the draws {number(one['effective'])} "
             f"and {number(other['effective'])} count (effective sample size)."

@@ -15,16 +15,18 @@ from genfast.models.base import LatentImageModel, Model
 from genfast.random import as_seed
 
 __all__ = [
-    "ABOUT_LIKELIHOODS", "are_digits", "bound", "codes", "drawn", "headings", "log_likelihood", "of_samples",
-    "some_of", "squared_error",
+    "ABOUT_LIKELIHOODS", "ABOUT_SAMPLES", "are_digits", "bound", "codes", "drawn", "headings", "log_likelihood",
+    "of_samples", "some_of", "squared_error",
 ]  # fmt: skip
 
 ABOUT_LIKELIHOODS = (
     "Pixels are binarized: in training drawn anew in each epoch, in the test once, the same for all models. So nll, "
     "ELBO and log p(x) are of binary images, in nats; grey pixels under a Bernoulli would have no likelihood. A unit "
-    "is active if the variance of its posterior mean over the test images is above 0.01 (Burda et al., 2016). Samples "
-    "are measured as the decoder's means, against grey test images, in the features of the digit classifier; Fréchet "
-    "distances depend on the number of images, and compare within this table alone."
+    "is active if the variance of its posterior mean over the test images is above 0.01 (Burda et al., 2016)."
+)
+ABOUT_SAMPLES = (
+    "Samples are measured as the decoder's means, against grey test images, in the features of the digit classifier; "
+    "Fréchet distances depend on the number of images, and compare within this table alone."
 )
 
 _BATCH_SIZE = 512

@@ -66,8 +66,8 @@ def frechet_of_features(
     """Of features [N, F] and [M, F]; warns as `frechet_distance` does."""
     # torchmetrics adds up in the precision of the features.
     features, reference = features.double(), reference.double()
-    _warn_of_bias(name, features, reference)
     metric = _torchmetrics(_Features(features.shape[1])).to(features.device)
+    _warn_of_bias(name, features, reference)
     metric.update(reference, real=True)
     metric.update(features, real=False)
     value = max(0.0, float(metric.compute()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
@@ -29,10 +30,15 @@ Turn = Literal["discriminator", "discriminator_r1", "generator"]
 _PROBABILISTIC = ("non_saturating", "minimax")
 # Salts of the latents: samples, the discriminator's turn, the generator's turn.
 _SAMPLES, _TO_JUDGE, _TO_LEARN = 0, 1, 2
-# Of a batch, for its diversity: each with each.
-_COMPARED = 256
-# `diagnose`: images this much nearer to one another than real ones are alike, and this sure is certain.
-_ALIKE, _CERTAIN = 0.3, 0.99
+# Of a batch: each with each. For what is covered always as many, since balls shrink as a set grows.
+_COMPARED, _COVERED, _NEIGHBOUR = 256, 64, 3
+# Of images that are all but the same the ratio says nothing.
+_LARGEST_DIVERSITY = 10.0
+# `diagnose`: images this much nearer to one another than real ones are alike, so few of the real ones having one near
+# means that kinds of them are left out, and this sure is certain.
+_ALIKE, _LEFT_OUT, _CERTAIN = 0.3, 0.6, 0.99
+# Steps before which it says nothing.
+_EARLY = 1000
 _WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -85,7 +91,7 @@ class GAN(Model):
     Example:
         >>> gan = GAN(width=8)
         >>> sorted(gan.loss(torch.rand(4, 1, 28, 28), turn="discriminator", seed=0))
-        ['d_fake', 'd_loss', 'd_real', 'diversity', 'loss']
+        ['covered', 'd_fake', 'd_loss', 'd_real', 'diversity', 'loss']
         >>> gan.sample(2, seed=0).shape
         torch.Size([2, 1, 28, 28])
     """
@@ -312,7 +318,10 @@ class GAN(Model):
             Scalars, fp32 (fp64 for such a model): ``loss``, to be lowered; ``d_loss`` and ``g_loss`` without penalties;
             ``d_real`` and ``d_fake``, means of the discriminator's probability (its output where the loss knows none)
             for real and for generated images; ``diversity``, how far a generated image is from the nearest other one of
-            its batch, relative to the same of the real ones; ``r1`` or ``penalty``, weighted.
+            its batch, relative to the same of the real ones; ``covered``, the share of 64 real images that have one of
+            64 generated images no farther away than their third nearest real neighbour (the coverage of Naeem et al.,
+            "Reliable fidelity and diversity metrics for generative models", ICML 2020, of pixels; 0.88 where both are
+            of one distribution); ``r1`` or ``penalty``, weighted.
 
         Raises:
             ValueError: images of another shape or dtype, or networks that do not go together.
@@ -335,19 +344,30 @@ class GAN(Model):
             parts = self._judgement(*said, real, fake) | {"g_loss": self._deceit(said[1])}
             return {"loss": parts["d_loss"] + parts["g_loss"], **parts}
 
-    def diagnose(self, row: Mapping[str, float]) -> str | None:
+    def diagnose(self, row: Mapping[str, float], steps: int | None = None) -> str | None:
         """What a row of `fit`'s history shows to have gone wrong: one line, or None.
 
-        Images of a generator that has learned nothing yet are alike, too. Of the test set's parts where the row has
-        them: those of the epoch's end.
+        Of the training's parts: a test set may be sorted by its classes, and then a batch of it shows few of them.
+
+        Args:
+            row: of the history.
+            steps: taken so far. Images of a generator that has learned nothing yet are alike, too, so before 1,000
+                steps nothing is said. None: it is late enough.
 
         Example:
             >>> GAN(width=8).diagnose({"diversity": 0.01, "d_real": 0.7, "d_fake": 0.3})
             'collapse: generated images are alike: 0.01 times as far from one another as real ones'
         """
-        diversity = row.get("test_diversity", row.get("diversity", math.nan))
+        if steps is not None and steps < _EARLY:
+            return None
+        diversity, covered = row.get("diversity", math.nan), row.get("covered", math.nan)
         if diversity < _ALIKE:
             return f"collapse: generated images are alike: {diversity:.2g} times as far from one another as real ones"
+        if covered < _LEFT_OUT:
+            return (
+                f"collapse: kinds of images are left out: {covered:.0%} of the real ones have a generated one near, "
+                "where 88% would if none were missing"
+            )
         real, fake = row.get("d_real", math.nan), row.get("d_fake", math.nan)
         if self.objective in _PROBABILISTIC and real > _CERTAIN and fake < 1 - _CERTAIN:
             return (
@@ -483,8 +503,11 @@ class GAN(Model):
             each = of_fake - of_real
         with torch.no_grad():
             d_real, d_fake = ((torch.sigmoid(said) if probable else said).mean() for said in (of_real, of_fake))
-            diversity = _apart(fake) / _apart(real).clamp(min=1e-6) if len(real) > 1 else torch.ones_like(d_real)
-        return {"d_loss": each.mean(), "d_real": d_real, "d_fake": d_fake, "diversity": diversity.to(d_real.dtype)}
+            diversity = _apart(fake) / _apart(real) if len(real) > 1 else torch.ones_like(d_real)
+            # 0 / 0 as well, where all real images are the same.
+            diversity = diversity.nan_to_num(nan=1.0).clamp(max=_LARGEST_DIVERSITY)
+            seen = {"diversity": diversity.to(d_real.dtype), "covered": _covered(real, fake).to(d_real.dtype)}
+        return {"d_loss": each.mean(), "d_real": d_real, "d_fake": d_fake, **seen}
 
     def _deceit(self, of_fake: Tensor) -> Tensor:
         """The generator's loss of logits [B]."""
@@ -502,10 +525,12 @@ class GAN(Model):
         for name, network, wanted in (
             ("generator", self.generator, nn.Tanh), ("discriminator", self.discriminator, nn.Sigmoid)
         ):  # fmt: skip
-            *_, last = network.modules()
+            # What other modules apply last is not known.
+            *_, last = network.modules() if isinstance(network, nn.Sequential) else (None,)
             if isinstance(last, nn.Sigmoid):
                 expected = "images in [-1, 1]" if wanted is nn.Tanh else "logits"
-                raise ValueError(f"{name}: expected {expected}, got a network that ends in a Sigmoid: leave it out")
+                instead = "end it in a Tanh" if wanted is nn.Tanh else "leave it out"
+                raise ValueError(f"{name}: expected {expected}, got a network that ends in a Sigmoid: {instead}")
         trial = copy.copy(self)
         trial._modules = {
             name: copy.deepcopy(network).eval() for name, network in self._modules.items() if network is not None
@@ -518,8 +543,12 @@ class GAN(Model):
             images = trial._generate(z)
             what = f"discriminator: expected a network that takes the generator's images, {list(images.shape)}"
             trial._judge(images)
-        except RuntimeError as error:
-            raise ValueError(f"{what}, got: {str(error).splitlines()[0]}") from error
+        except (RuntimeError, TypeError, AttributeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            # Ours name their network themselves.
+            if reason.startswith(("generator:", "discriminator:")):
+                raise
+            raise ValueError(f"{what}, got: {reason}") from error
 
 
 @torch.autocast("cuda", enabled=False)
@@ -528,6 +557,18 @@ def _apart(images: Tensor) -> Tensor:
     """The mean distance of an image of a batch to the nearest other one."""
     rows = wide(images[:_COMPARED]).flatten(1)
     return torch.cdist(rows, rows).fill_diagonal_(math.inf).min(1).values.mean()
+
+
+@torch.autocast("cuda", enabled=False)
+@torch.autocast("cpu", enabled=False)
+def _covered(real: Tensor, fake: Tensor) -> Tensor:
+    """The share of real images with a generated one within the distance of their third nearest neighbour."""
+    real, fake = (wide(images[:_COVERED]).flatten(1) for images in (real, fake))
+    if len(real) <= _NEIGHBOUR:
+        return torch.ones((), device=real.device)
+    among = torch.cdist(real, real).fill_diagonal_(math.inf)
+    radii = among.topk(_NEIGHBOUR, dim=1, largest=False).values[:, -1]
+    return (torch.cdist(real, fake).min(1).values <= radii).to(real.dtype).mean()
 
 
 def _normalise(network: nn.Module) -> None:
@@ -542,10 +583,13 @@ def _load(name: str, network: nn.Module, given: Mapping[str, Tensor]) -> None:
     tensors = {}
     for key, value in given.items():
         key = key.removeprefix("module.")
-        tensors[key if key in expected else f"main.{key}"] = value
+        # Behind spectral norm, whose estimates of the singular vectors stay as they are.
+        original = re.sub(r"weight$", "parametrizations.weight.original", key)
+        names = (key, f"main.{key}", original, f"main.{original}")
+        tensors[next((name for name in names if name in expected), key)] = value
     # Files of before torch 0.4.1 have no counters.
-    counters = {key for key in expected if key.endswith("num_batches_tracked")}
-    problems = [f"{key} is missing" for key in expected if key not in tensors and key not in counters]
+    optional = {key for key in expected if key.endswith(("num_batches_tracked", "weight.0._u", "weight.0._v"))}
+    problems = [f"{key} is missing" for key in expected if key not in tensors and key not in optional]
     problems += [f"{key} is unknown" for key in tensors if key not in expected]
     problems += [
         f"{key} has shape {list(tensors[key].shape)} instead of {list(value.shape)}"

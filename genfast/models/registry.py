@@ -86,7 +86,7 @@ _FLOW_DEFAULTS = {
 _GAN_OPTIONS = (
     "latent_dim", "preset", "width", "loss", "r1", "r1_every", "penalty", "n_critic", "spectral_norm", "batch_norm",
 )  # fmt: skip
-_GAN_DEFAULTS = {"preset": "dcgan", "width": 32, "batch_size": 64, "lr": 2e-4, "ema_decay": 0.999}
+_GAN_DEFAULTS = {"preset": "dcgan", "width": 32, "batch_size": 64, "lr": 4e-4, "ema_decay": 0.995}
 _NETWORK_OPTIONS = ("latent_dim", "hidden_dims", "preset", "likelihood", "sigma", "fused")
 
 FAMILIES: dict[str, Family] = {

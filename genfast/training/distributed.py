@@ -136,7 +136,8 @@ def share_weights(model: nn.Module) -> None:
 
 def average(gradients: list[Tensor]) -> None:
     """Replace gradients by their means over the processes: one exchange for each dtype."""
-    for dtype in {gradient.dtype for gradient in gradients}:
+    # In one order on every process, which that of a set is not.
+    for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
         alike = [gradient for gradient in gradients if gradient.dtype == dtype]
         together = torch.cat([gradient.flatten() for gradient in alike])
         dist.all_reduce(together)

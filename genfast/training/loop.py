@@ -377,7 +377,7 @@ class _Run:
         if not math.isfinite(row.get("test_loss", 0.0)):
             raise FloatingPointError(f"epoch {self.epoch}: test loss is {row['test_loss']}{self._last_checkpoint()}")
         diagnose = getattr(self.step.model, "diagnose", None)
-        warning = None if diagnose is None else diagnose(row)
+        warning = None if diagnose is None else diagnose(row, self.steps)
         if warning is not None:
             row["warning"] = warning
         self.history.append(row)

@@ -495,7 +495,9 @@ class TrainStep:
         self._scale.copy_(tensors["scale"])
         self._growth.copy_(tensors["growth"])
         self._steps = int(tensors["taken"])
-        self._names = {turns: list(names) for turns, names in rest["names"].items()}
+        # Checkpoints of before there were turns have a list.
+        names = rest["names"] if isinstance(rest["names"], Mapping) else {"": rest["names"]} if rest["names"] else {}
+        self._names = {turns: list(names) for turns, names in names.items()}
         self._sums = {turns: tensors[f"sums{turns}"].to(self.device, copy=True) for turns in self._names}
         if distributed.ranks()[0] > 0:
             # They are of all processes: rank 0 carries them on.

@@ -183,7 +183,7 @@ def gradients(gan, loss):
 def test_r1_is_that_of_single_images(x):
     gan = small(r1=3.0, r1_every=4).double()
     parts = gan.loss(x, turn="discriminator_r1", seed=5)
-    assert parts.keys() == {"loss", "d_loss", "d_real", "d_fake", "diversity", "r1"}
+    assert parts.keys() == {"loss", "d_loss", "d_real", "d_fake", "diversity", "covered", "r1"}
     expected = 3.0 / 2 * slopes_one_by_one(gan, 2 * x.double() - 1).square().mean()
     torch.testing.assert_close(parts["r1"], expected)
     plain = gan.loss(x, turn="discriminator", seed=5)
@@ -210,7 +210,7 @@ def test_a_discriminator_that_is_flat_is_penalised_without_nan(x):
     for parameter in gan.discriminator.parameters():
         nn.init.zeros_(parameter)
     parts = gan.loss(x, turn="discriminator")
-    assert float(parts["penalty"]) == pytest.approx(10, rel=1e-4)
+    assert parts["penalty"].item() == pytest.approx(10, rel=1e-4)
     assert all(gradient is None or gradient.isfinite().all() for gradient in gradients(gan, parts["loss"]))
 
 
@@ -367,6 +367,43 @@ def test_sampling_does_not_depend_on_the_batch():
     torch.testing.assert_close(way[:, 0], whole[:3])
     torch.testing.assert_close(way[:, -1], whole[3:6])
     assert gan.sample(0).shape == (0, 1, 28, 28)
+
+
+@pytest.mark.parametrize("prefix", ["", "main.", "module.main."])
+def test_a_scripts_weights_go_behind_spectral_norm(prefix):
+    plain, gan = GAN(width=8, batch_norm=False), GAN(width=8, spectral_norm=True)
+    saved = {prefix + key.removeprefix("main."): value for key, value in plain.discriminator.state_dict().items()}
+    gan.load_dcgan(plain.generator.state_dict(), saved)
+    layer = gan.discriminator.main[0]
+    assert torch.equal(layer.parametrizations.weight.original, plain.discriminator.main[0].weight)
+
+
+class Gated(nn.Module):
+    """Its last module by name is not the one that it applies last."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.gate = nn.Linear(16, 1), nn.Sigmoid()
+
+    def forward(self, x):
+        return self.layer(self.gate(x.flatten(1)))
+
+
+def test_a_sigmoid_within_a_network_of_ones_own_is_fine(x):
+    gan = GAN(Generator(), Gated(), latent_dim=3, image_shape=SHAPE)
+    assert gan.discriminate(x).shape == (6,)
+
+
+@pytest.mark.parametrize(
+    ("discriminator", "reason"),
+    [
+        (nn.Sequential(nn.BatchNorm1d(16), nn.Flatten(), nn.Linear(16, 1)), "expected 2D or 3D input"),
+        (nn.Sequential(nn.Flatten(), nn.GRU(16, 1)), "'tuple' object has no attribute"),
+    ],
+)
+def test_networks_that_fail_in_their_own_way_are_named(discriminator, reason):
+    with pytest.raises(ValueError, match=f"discriminator: expected a network that takes .*{reason}"):
+        GAN(Generator(), discriminator, latent_dim=3, image_shape=SHAPE)
 
 
 def test_spectral_norm(x):
@@ -553,12 +590,61 @@ class OneImage(nn.Module):
         return torch.tanh(self.image + 0.01 * z.mean(1, keepdim=True)).view(-1, *SHAPE)
 
 
-def test_collapse_is_said_in_training(capsys):
+def test_collapse_is_said_in_training(capsys, monkeypatch):
+    monkeypatch.setattr("genfast.models.gan._EARLY", 5)
     images = torch.randint(256, (64, *SHAPE), dtype=torch.uint8)
     gan = GAN(OneImage(), Discriminator(), latent_dim=3, image_shape=SHAPE)
     history = genfast.fit(gan, images, epochs=2, batch_size=16, test_data=images[:16], seed=0)
-    assert all(row["warning"].startswith("collapse: generated images are alike: 0.0") for row in history)
+    # The first four steps are too early to tell.
+    assert "warning" not in history[0]
+    assert history[1]["warning"].startswith("collapse: generated images are alike: 0.0")
     assert "epoch 2: collapse: generated images are alike" in capsys.readouterr().out
+
+
+class Digits(nn.Module):
+    """A generator that has learned some digits by heart: a code's first number says which image it draws."""
+
+    def __init__(self, images):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.images = 2 * images.float() / 255 - 1
+
+    def forward(self, z):
+        return self.scale * self.images[(torch.special.ndtr(z[:, 0]) * len(self.images)).long()]
+
+
+@pytest.mark.parametrize(
+    ("digits", "warns"),
+    [(range(10), False), ([8], True), ([1], True), ([7], True), ([3, 8], True), ([0, 1, 2, 3, 5, 6, 7, 8, 9], False)],
+)
+def test_a_generator_that_leaves_out_most_kinds_of_images_is_told(digits, warns, monkeypatch):
+    monkeypatch.setattr("genfast.models.gan._EARLY", 0)
+    data = genfast.training.load_dataset("digits")
+    known = torch.isin(data.train_labels, torch.tensor(list(digits)))
+    gan = GAN(Digits(data.train[known]), nn.Sequential(nn.Flatten(), nn.Linear(784, 1)), latent_dim=2)
+    history = genfast.fit(gan, data.test, epochs=1, batch_size=100, seed=0, progress=False)
+    warning = history[-1].get("warning", "")
+    assert warning.startswith("collapse: kinds of images are left out") == warns
+    assert history[-1]["diversity"] > 0.3
+    assert not warns or history[-1]["covered"] < 0.6
+    assert warns or history[-1]["covered"] == pytest.approx(0.85, abs=0.07)
+
+
+def test_covered_is_the_share_of_balls_that_are_hit(x):
+    gan = small().double()
+    _, _, real, fake = said(gan, x, 5, 1)
+    real, fake = real.flatten(1), fake.flatten(1)
+    hit = 0
+    for i, image in enumerate(real):
+        radius = sorted(float((image - other).norm()) for j, other in enumerate(real) if j != i)[2]
+        hit += min(float((image - other).norm()) for other in fake) <= radius
+    assert float(gan.loss(x, seed=5)["covered"]) == hit / len(real)
+
+
+def test_images_that_are_all_the_same_leave_diversity_finite():
+    parts = small().loss(torch.zeros(6, *SHAPE), seed=5)
+    assert float(parts["diversity"]) == 10.0
+    assert bool(torch.isfinite(torch.stack(list(parts.values()))).all())
 
 
 def test_a_discriminator_that_is_certain_is_said():
@@ -566,6 +652,9 @@ def test_a_discriminator_that_is_certain_is_said():
     assert "collapse: the discriminator is certain" in small().diagnose(certain)
     assert small().diagnose({**certain, "d_fake": 0.05}) is None
     assert small().diagnose({"loss": 1.0}) is None
-    assert small().diagnose({"diversity": 0.9, "test_diversity": 0.01}) is not None
+    assert small().diagnose(certain, steps=999) is None
+    assert "collapse" in small().diagnose(certain, steps=1000)
+    assert small().diagnose({"diversity": 0.9, "covered": 0.59}) is not None
+    assert small().diagnose({"diversity": 0.9, "covered": 0.61}) is None
     # Outputs, not probabilities.
     assert small(loss="wgan-gp").diagnose({"diversity": 0.9, "d_real": 2.0, "d_fake": -3.0}) is None

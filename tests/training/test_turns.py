@@ -142,6 +142,20 @@ def test_means_go_on_where_a_run_goes_on_within_an_epoch():
     assert_same(rest_model, model)
 
 
+def test_a_checkpoint_of_before_there_were_turns_goes_on():
+    class One(torch.nn.Linear):
+        def loss(self, x, *, seed, row_offset):
+            return {"loss": self(x).square().mean()}
+
+    model = One(784, 3)
+    step = TrainStep(model, SGD(model.parameters(), lr=0.0))
+    step(batches(1)[0], seed=0)
+    tensors, rest = step.state()
+    again = TrainStep(model, SGD(model.parameters(), lr=0.0))
+    again.load_state(tensors, {**rest, "names": rest["names"][""]})
+    assert again.means() == step.means()
+
+
 def test_plain_optimizers_too():
     model = Duel()
     other = copy.deepcopy(model)
@@ -162,7 +176,8 @@ def test_plain_optimizers_too():
 
 def test_what_a_model_says_of_its_training_is_shown_and_kept(capsys):
     class Worried(Duel):
-        def diagnose(self, row):
+        def diagnose(self, row, steps):
+            assert steps == 2 * row["epoch"]
             return "too calm" if row["epoch"] == 2 else None
 
     history = genfast.fit(Worried(), DeviceDataset(load_dataset("digits").train[:32]), epochs=2, batch_size=16, seed=0)
