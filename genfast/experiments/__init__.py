@@ -45,7 +45,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         Experiment("manifold", "VAE: the plane of a two-dimensional latent space", 6.0, _of("manifold")),
         Experiment("ae-vs-vae", "what the prior adds to an autoencoder", 4.0, _of("ae_vs_vae")),
         Experiment("likelihood", "VAE: two estimates of log p(x); its bound over the epochs", 4.0, _of("likelihood")),
-        Experiment("gan-dynamics", "GAN: four losses and what each does over time", 40.0, _of("gan_dynamics")),
+        Experiment("gan-dynamics", "GAN: losses, penalties, and what each does over time", 40.0, _of("gan_dynamics")),
         Experiment("dequantization", "flow: what noise below the grey levels is for", 30.0, _of("dequantization")),
         Experiment("forward-diffusion", "noise in one step or in many; all schedules", 1.0, _of("forward_diffusion")),
         Experiment("compare", "AE, VAE, GAN, flow and DDPM, trained equally long", 60.0, _of("compare")),

@@ -27,8 +27,8 @@ from genfast.train import evaluation_interval, train_into
 from genfast.training.progress import digits
 
 __all__ = [
-    "Experiment", "Page", "Paired", "Settings", "Trained", "apart", "best", "equal_epochs", "number", "train_run",
-    "trend", "versus",
+    "Experiment", "Page", "Paired", "Settings", "Trained", "apart", "best", "equal_epochs", "number", "some_of",
+    "train_run", "trend", "versus",
 ]  # fmt: skip
 
 _BATCH_SIZE = 128
@@ -265,10 +265,22 @@ def equal_epochs(
     images = max(options["batch_size"], int(_TRAINING_SHARE * speed * seconds))
     if images >= len(splits.train):
         return images // len(splits.train), splits
+    return 1, some_of(splits, images)
+
+
+def some_of(splits: training.Splits, count: int) -> training.Splits:
+    """With at most `count` training images, drawn at random, the same ones each time.
+
+    Example:
+        >>> len(some_of(training.load_dataset("digits"), 100).train)
+        100
+    """
+    if len(splits.train) <= count:
+        return splits
     # A set may be sorted by its labels.
-    chosen = torch.randperm(len(splits.train), generator=torch.Generator().manual_seed(0))[:images].sort().values
+    chosen = torch.randperm(len(splits.train), generator=torch.Generator().manual_seed(0))[:count].sort().values
     labels = None if splits.train_labels is None else splits.train_labels[chosen]
-    return 1, splits._replace(train=splits.train[chosen], train_labels=labels)
+    return splits._replace(train=splits.train[chosen], train_labels=labels)
 
 
 def _options(

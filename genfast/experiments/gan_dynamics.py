@@ -1,13 +1,15 @@
-"""GANs that differ in their loss: what both networks, and the samples, do over time."""
+"""GANs that differ in their loss and its penalty: what both networks, and the samples, do over time."""
 
 from __future__ import annotations
 
 import math
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from genfast import report, training
 from genfast._files import replacing
@@ -19,7 +21,8 @@ from genfast.models import GAN
 
 _VARIANTS: dict[str, dict[str, Any]] = {
     "non-saturating": {"loss": "non_saturating"},
-    "non-saturating, R1": {"loss": "non_saturating", "r1": 1.0},
+    "non-saturating without batch norm": {"loss": "non_saturating", "batch_norm": False},
+    "non-saturating with R1": {"loss": "non_saturating", "r1": 1.0},
     "minimax": {"loss": "minimax"},
     "WGAN-GP": {"loss": "wgan-gp"},
 }
@@ -29,10 +32,15 @@ _IMAGES = 10_000
 _COUNTED, _SHOWN, _IN_VIDEO = 400, 8, 10
 _TIMES, _FRAMES, _GRID = 8, 40, 36
 _ENOUGH = 0.04
+# In what they differ, and how the page calls it.
+_SETUP = {
+    "loss": "loss", "penalty": "penalty", "batch_norm": "batch norm of D", "n_critic": "steps of D for one of G",
+    "betas": "betas of Adam",
+}  # fmt: skip
 
 
 def run(settings: Settings) -> Page:
-    """Train a GAN with each loss, look at all of them after each epoch, and write the pictures and a video."""
+    """Train each GAN, look at all of them after each epoch, and write the pictures and a video."""
     splits = some_of(settings.load(), _IMAGES)
     counted = settings.reduced(_COUNTED, least=50)
 
@@ -44,7 +52,7 @@ def run(settings: Settings) -> Page:
     models: dict[str, Trained] = {}
     for name, options in _VARIANTS.items():
         models[name] = train_run(
-            settings, "gan", name.replace(", ", "-").lower(), splits=splits, build_options=options, snapshot=look,
+            settings, "gan", name.replace(" ", "-").lower(), splits=splits, build_options=options, snapshot=look,
             seconds=settings.budget / len(_VARIANTS), title=f"GAN, {name}, {splits.name}",
         )  # fmt: skip
     rows = [_measured(settings, splits, name, trained) for name, trained in models.items()]
@@ -56,16 +64,46 @@ def _measured(settings: Settings, splits: training.Splits, name: str, trained: T
     print(f"measuring {name}", flush=True)
     last = trained.history[-1]
     samples = drawn(trained.model, settings.reduced(10_000, least=50), settings.seed)
+    missing = None
+    if are_digits(splits):
+        missing = [digit for digit, share in enumerate(class_shares(samples).tolist()) if share < _ENOUGH]
     return {
         "name": name,
+        **_setup(trained.model),
         "epochs": trained.epochs,
+        "steps": _steps(trained, trained.epochs),
         "d_real": last["d_real"],
         "d_fake": last["d_fake"],
         "diversity": last["diversity"],
+        "covered": last["covered"],
+        "judged": len(_judged(trained)),
         "warned": sum("warning" in row for row in trained.history),
+        "missing": missing,
         **of_samples(samples, splits),
         "seconds": trained.seconds,
     }
+
+
+def _setup(model: GAN) -> dict[str, Any]:
+    penalty = f"R1, weight {model.r1:g}" if model.r1 else "none"
+    return {
+        "loss": model.objective.replace("_", "-"),
+        "penalty": f"gradient penalty, weight {model.penalty:g}" if model.objective == "wgan-gp" else penalty,
+        "batch_norm": "yes" if any(isinstance(each, _BatchNorm) for each in model.discriminator.modules()) else "no",
+        "n_critic": model.n_critic,
+        "betas": "{:g}, {:g}".format(*model.make_optimizer().defaults["betas"]),
+    }
+
+
+def _steps(trained: Trained, epoch: float) -> int:
+    """Taken until then: a last batch that is not full is left out."""
+    return round(epoch * (trained.settings["train_images"] // trained.settings["batch_size"]))
+
+
+def _judged(trained: Trained) -> list[dict[str, Any]]:
+    """The epochs after which `GAN.diagnose` would have told of a collapse: before them it is too early to."""
+    alike, history = {"diversity": 0.0}, trained.history
+    return [row for row in history if trained.model.diagnose(alike, _steps(trained, row["epoch"])) is not None]
 
 
 def _draw(settings: Settings, splits: training.Splits, models: dict[str, Trained]) -> None:
@@ -87,7 +125,7 @@ def _draw(settings: Settings, splits: training.Splits, models: dict[str, Trained
 
 
 def _save_curves(models: dict[str, Trained], images: int, path: Path) -> None:
-    """A row for each loss: the losses, what D says, how various the samples are, and which digits they are."""
+    """A row for each GAN: the losses, what D says, how various the samples are, and which digits they are."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -106,6 +144,7 @@ def _save_curves(models: dict[str, Trained], images: int, path: Path) -> None:
         over(said, "d_real", "D(x)")
         over(said, "d_fake", "D(G(z))")
         over(various, "diversity", "of a batch, real: 1")
+        over(various, "covered", "real images covered")
         times = [epoch * images for epoch, _ in trained.snapshots]
         shares = torch.stack([tensors["shares"] for _, tensors in trained.snapshots])
         if shares.shape[1]:
@@ -116,7 +155,7 @@ def _save_curves(models: dict[str, Trained], images: int, path: Path) -> None:
             said.axhline(0.5, color="black", linewidth=0.8, linestyle="--")
             said.set_ylim(-0.03, 1.03)
         various.set_ylim(bottom=0)
-        losses.set_ylabel(name)
+        losses.set_ylabel(name, fontsize=8)
         for axes in (losses, said, various):
             axes.legend(fontsize=7)
             axes.grid(alpha=0.3)
@@ -135,13 +174,16 @@ def _page(
 ) -> Page:
     page = Page(
         "What GANs do while they train",
-        "The same networks, data and time, and four losses. How do the two networks fare, which digits are drawn when, "
-        "and which of the trainings collapse?",
+        "The same generator, images and time, and losses and penalties that differ, with what belongs to them. How do "
+        "the two networks fare, which digits are drawn when, and which of the trainings collapse?",
     )
     by = {column: {row["name"]: row[column] for row in rows} for column in rows[0]}
+    page.section("What differs")
+    page.table(rows, "The GANs.", {"name": "GAN", **_SETUP}, name="gans")
+    page.text(_alone(rows))
     page.section("What was observed")
-    for name, trained in models.items():
-        page.say(f"{name}: {_fate(trained)}")
+    for row in rows:
+        page.say(f"{row['name']}: {_fate(models[row['name']], row['missing'])}")
     fair = [name for name, trained in models.items() if trained.model.objective in ("non_saturating", "minimax")]
     said = {name: (models[name].history[0], models[name].history[-1]) for name in fair}
     listed = "; ".join(
@@ -149,7 +191,10 @@ def _page(
         for name, (first, last) in said.items()
     )
     page.say(f"D(x) and D(G(z)), 1/2 where D cannot tell, in the first and in the last epoch: {listed}.")
-    page.say(f"In the last epoch the images of a batch are most various with {best(by['diversity'], 'higher')}.")
+    page.say(
+        f"In the last epoch the images of a batch are most various with {best(by['diversity'], 'higher')}; most of the "
+        f"real images are covered with {best(by['covered'], 'higher')}."
+    )
     if by["frechet_distance"][rows[0]["name"]] is not None:
         nearest = best(by["frechet_distance"], "lower")
         page.say(f"The samples of the averaged generator are nearest to the test images with {nearest}.")
@@ -158,44 +203,69 @@ def _page(
     page.section("Pictures")
     page.picture(
         settings.out / "curves.png",
-        "Of each loss, over the images seen: the losses, the means of what D says (of WGAN-GP its critic, without a "
+        "Of each GAN, over the images seen: the losses, the means of what D says (of WGAN-GP its critic, without a "
         "bound), the diversity, and the shares of the digits 0 (below) to 9 among the samples.",
     )
     page.picture(settings.out / "over-time.png", "The images of eight codes over time, from left to right.")
-    page.picture(settings.out / "training.mp4", "Video: the images of ten codes after each epoch, a row for each loss.")
+    page.picture(settings.out / "training.mp4", "Video: the images of ten codes after each epoch, a row for each GAN.")
     page.picture(settings.out / "samples.png", "Samples at the end, of the averaged generators.")
     page.section("Numbers")
     shown = {
-        "name": "loss", "epochs": "epochs", "d_real": "D(x)", "d_fake": "D(G(z))", "diversity": "diversity",
-        "warned": "epochs with a warning",
+        "name": "GAN", "epochs": "epochs", "steps": "steps", "d_real": "D(x)", "d_fake": "D(G(z))",
+        "diversity": "diversity", "covered": "covered", "judged": "epochs judged", "warned": "epochs with a warning",
     }  # fmt: skip
     known = [name for name in ("frechet_distance", "precision", "recall", "coverage") if rows[0][name] is not None]
     page.table(
         rows,
-        f"Four GANs (\"dcgan\"), trained on {len(splits.train):,} images of {splits.name}. D(x), D(G(z)) and diversity "
-        "are means over the last epoch.",
+        f'GANs of the preset "dcgan", trained on {len(splits.train):,} images of {splits.name}. D(x), D(G(z)), '
+        "diversity and covered are means over the last epoch.",
         {**shown, **headings(*known, "seconds")},
     )
     page.text(
         "Diversity is the distance of an image to the nearest other one of its batch, relative to that of real images. "
-        "Warnings are those of `GAN.diagnose`, which `genfast.fit` shows after each epoch. The shares over time are of "
+        "Covered is the share of 64 real images with one of 64 generated ones no farther away than their third nearest "
+        "real one, 0.88 where both are of one distribution. Warnings are those of `GAN.diagnose`, which `genfast.fit` "
+        "shows after each epoch; it judges none before the first thousand steps. The shares over time are of "
         f"{counted} samples of the generator as it is; the numbers above of its average. A digit is covered if it is "
         "found in 4% of the samples or more."
     )
     return page
 
 
-def _fate(trained: Trained) -> str:
-    """Whether it collapsed, by the warnings of its training."""
-    warned = [row for row in trained.history if "warning" in row]
-    if not warned:
-        return f"no warning of a collapse in {len(trained.history)} epochs."
-    first, last = warned[0], warned[-1]
-    ended = "the last epoch is one of them" if last is trained.history[-1] else f"the last of them is {last['epoch']:g}"
-    return (
-        f"a warning in {len(warned)} of {len(trained.history)} epochs, first in epoch {first['epoch']:g}, "
-        f"{first['warning']!r}; {ended}."
-    )
+def _alone(rows: list[dict[str, Any]]) -> str:
+    """Which two of them show what one setting does; every other comparison is of several at once."""
+    pairs, alone = [], set()
+    for a, b in combinations(rows, 2):
+        different = [name for name in _SETUP if a[name] != b[name]]
+        if len(different) == 1:
+            pairs.append(f"{_SETUP[different[0]]} ({a['name']}; {b['name']})")
+            alone |= {a["name"], b["name"]}
+    others = [row["name"] for row in rows if row["name"] not in alone]
+    text = f"One setting alone differs between two of them: {', '.join(pairs)}." if pairs else ""
+    if others:
+        text += f" From every other one {' and '.join(others)} differs in several at once, so what one of them does "
+        text += "is not to be seen there."
+    return text.strip() + " All times are equal, so GANs whose steps take longer take fewer."
+
+
+def _fate(trained: Trained, missing: list[int] | None) -> str:
+    """Whether it collapsed, by the warnings of its training, and which digits its samples lack."""
+    history, judged = trained.history, len(_judged(trained))
+    warned = [row for row in history if "warning" in row]
+    if warned:
+        first, last = warned[0], warned[-1]
+        ended = "the last epoch is one of them" if last is history[-1] else f"the last of them is {last['epoch']:g}"
+        fate = (
+            f"a warning in {len(warned)} of {judged} judged epochs, first in epoch {first['epoch']:g}, "
+            f"{first['warning']!r}; {ended}"
+        )
+    elif judged:
+        fate = f"no warning of a collapse in the {judged} of {len(history)} epochs that were judged"
+    else:
+        fate = f"too short to judge whether it collapsed: {_steps(trained, trained.epochs):,} steps"
+    if missing is None:
+        return f"{fate}."
+    return f"{fate}; digits in less than 4% of its samples at the end: {', '.join(map(str, missing)) or 'none'}."
 
 
 def _say_of_digits(
@@ -206,7 +276,7 @@ def _say_of_digits(
     whole = [name for name, value in covered.items() if value == 10]
     page.say(
         f"Digits that make up 4% of the samples or more at the end: {listed}. "
-        f"All ten: {', '.join(whole) if whole else 'with no loss'}."
+        f"All ten: {', '.join(whole) if whole else 'with none of them'}."
     )
     firsts = []
     for name, trained in models.items():

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from genfast import training
-from genfast.experiments.base import Paired
-from genfast.metrics import DEFINITIONS, Estimate, evaluate_samples
+from genfast.experiments.base import Paired, some_of
+from genfast.metrics import DEFINITIONS, Estimate, are_digits, evaluate_samples
 from genfast.models import VAE
 from genfast.models.base import LatentImageModel, Model
 from genfast.random import as_seed
@@ -30,33 +30,6 @@ ABOUT_SAMPLES = (
 )
 
 _BATCH_SIZE = 512
-# What the classifier of the metrics was trained on.
-_DIGITS = ("digits", "mnist")
-
-
-def are_digits(splits: training.Splits) -> bool:
-    """Whether the classifier of `genfast.metrics` knows such images.
-
-    Example:
-        >>> are_digits(training.load_dataset("digits"))
-        True
-    """
-    return splits.name in _DIGITS and splits.train.shape[1] == 1
-
-
-def some_of(splits: training.Splits, count: int) -> training.Splits:
-    """With at most `count` training images, drawn at random, the same ones each time.
-
-    Example:
-        >>> len(some_of(training.load_dataset("digits"), 100).train)
-        100
-    """
-    if len(splits.train) <= count:
-        return splits
-    # A set may be sorted by its labels.
-    chosen = torch.randperm(len(splits.train), generator=torch.Generator().manual_seed(0))[:count].sort().values
-    labels = None if splits.train_labels is None else splits.train_labels[chosen]
-    return splits._replace(train=splits.train[chosen], train_labels=labels)
 
 
 def headings(*names: str) -> dict[str, str]:

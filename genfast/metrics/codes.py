@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from genfast.metrics.estimate import Estimate, of_mean
+from genfast.metrics.estimate import Estimate, of_share
 
 __all__ = ["active_units", "linear_probe"]
 
@@ -48,7 +48,7 @@ def linear_probe(train_codes: Tensor, train_labels: Tensor, test_codes: Tensor, 
     # A dimension that never changes says nothing, and must not be divided by 0.
     std = torch.where(std > 0, std, torch.ones_like(std))
     right = _fit_and_guess((train_codes - mean) / std, train_labels, (test_codes - mean) / std) == test_labels
-    return of_mean(right.double(), 0.0, 1.0)
+    return of_share(right)
 
 
 def active_units(mu: Tensor, threshold: float = 0.01) -> int:

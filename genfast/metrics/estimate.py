@@ -1,10 +1,11 @@
-"""A number that was measured on a sample: its value, a bootstrap interval, and the size of the sample."""
+"""A number that was measured on a sample: its value, its interval, and the size of the sample."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ __all__ = ["Estimate"]
 
 RESAMPLES = 200
 _LEVEL = 0.95
+# Of a standard normal, a share _LEVEL lies between -_QUANTILE and _QUANTILE.
+_QUANTILE = NormalDist().inv_cdf((1 + _LEVEL) / 2)
 # Numbers drawn at a time: bounds the memory.
 _CHUNK = 1 << 22
 
@@ -24,8 +27,8 @@ class Estimate:
 
     Attributes:
         value: what was measured.
-        low, high: the ends of a 95% bootstrap interval: what other samples of the same size would give; NaN where
-            there is none.
+        low, high: the ends of a 95% interval: what other samples of the same size would give, by a bootstrap, or of
+            a share of the items by Wilson's formula; NaN where there is none.
         n: sample size: how many images, codes or repetitions; 0 where that means nothing.
 
     Example:
@@ -95,6 +98,23 @@ def of_mean(values: Tensor, low: float = -math.inf, high: float = math.inf) -> E
     values = values.detach().double().cpu()
     means = torch.cat([values[rows].mean(1) for rows in resampled_rows(len(values), own_generator())])
     return of_resamples(float(values.mean()), means, len(values), low, high)
+
+
+def of_share(hits: Tensor) -> Estimate:
+    """The share of the items that are True: bool [N].
+
+    Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22, 1927: resamples of items
+    that are all alike are all alike too, though one more item might have been another.
+    """
+    n = len(hits)
+    share = float(hits.double().mean())
+    if n < 2:
+        return Estimate(share, n=n)
+    extra = _QUANTILE**2 / n
+    middle = (share + extra / 2) / (1 + extra)
+    half = math.sqrt(extra * (share * (1 - share) + extra / 4)) / (1 + extra)
+    # At 0 and 1 one end is the share itself, but for rounding.
+    return Estimate(share, min(share, max(0.0, middle - half)), max(share, min(1.0, middle + half)), n)
 
 
 def of_ratio(above: Tensor, below: Tensor) -> Estimate:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -37,6 +37,8 @@ _DISCRETE = {
 
 
 _OWN_FIELDS = ("kind", "bound", "unit", "data", "k")
+# Missing in older files.
+_NEWER_FIELDS = {"steps": None, "dataset": ""}
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Likelihood:
         unit: of the estimate.
         data: what the pixels were to the model.
         k: draws of an importance-weighted bound.
+        steps: of a diffusion model's bound, which is that of sampling in as many steps.
+        dataset: name of the data set that the images are of; empty if unknown.
 
     Example:
         >>> elbo = Likelihood(Estimate(-98.1, -99.0, -97.2, 1000), "elbo", "lower", "nats per image", "grey pixels")
@@ -64,10 +68,12 @@ class Likelihood:
     unit: str
     data: str
     k: int | None = None
+    steps: int | None = None
+    dataset: str = ""
 
     def __str__(self) -> str:
         bound = "exact" if self.bound == "exact" else f"{self.bound} bound"
-        return f"{self.estimate} {self.unit} ({self.kind}, {bound}; {self.data})"
+        return f"{self.estimate} {self.unit} ({self.kind}{self._in_steps}, {bound}; {self._images})"
 
     @property
     def column(self) -> str:
@@ -78,16 +84,24 @@ class Likelihood:
             'iwae of 500 draws, nats per image, grey pixels'
         """
         kind = self.kind if self.k is None else f"{self.kind} of {self.k:,} draws"
-        return f"{kind.replace('_', ' ')}, {self.unit}, {self.data}"
+        return f"{kind.replace('_', ' ')}{self._in_steps}, {self.unit}, {self._images}"
+
+    @property
+    def _in_steps(self) -> str:
+        return "" if self.steps is None else f" in {self.steps:,} steps"
+
+    @property
+    def _images(self) -> str:
+        return f"{self.data}, {self.dataset}" if self.dataset else self.data
 
     def to_dict(self) -> dict[str, Any]:
         """What JSON can hold: the fields of the estimate, and the others.
 
         Example:
             >>> sorted(Likelihood(Estimate(1.5), "bits_per_dim", "upper", "bits per dimension", "grey").to_dict())
-            ['bound', 'data', 'high', 'k', 'kind', 'low', 'n', 'unit', 'value']
+            ['bound', 'data', 'dataset', 'high', 'k', 'kind', 'low', 'n', 'steps', 'unit', 'value']
         """
-        return {**self.estimate.to_dict(), **{name: getattr(self, name) for name in _OWN_FIELDS}}
+        return {**self.estimate.to_dict(), **{name: getattr(self, name) for name in (*_OWN_FIELDS, *_NEWER_FIELDS)}}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Likelihood:
@@ -98,11 +112,16 @@ class Likelihood:
             >>> Likelihood.from_dict(bits.to_dict()) == bits
             True
         """
-        return cls(Estimate.from_dict(fields), **{name: fields[name] for name in _OWN_FIELDS})
+        own = {name: fields[name] for name in _OWN_FIELDS}
+        own |= {name: fields.get(name, default) for name, default in _NEWER_FIELDS.items()}
+        return cls(Estimate.from_dict(fields), **own)
 
 
 def comparable(a: Likelihood | None, b: Likelihood | None) -> bool:
-    """Whether two numbers are of the same kind, in the same unit, and of pixels that were treated the same way.
+    """Whether two numbers are of the same kind and data, in the same unit, and of pixels treated the same way.
+
+    These have one column, and stand in it together. Besides, a diffusion model's bound in any number of steps compares
+    with a number that has no steps, such as a flow's; of two such bounds, only those in as many steps do.
 
     Example:
         >>> a = Likelihood(Estimate(-98.1), "elbo", "lower", "nats per image", "grey pixels")
@@ -110,7 +129,11 @@ def comparable(a: Likelihood | None, b: Likelihood | None) -> bool:
         >>> comparable(a, a), comparable(a, b), comparable(a, None)
         (True, False, False)
     """
-    return a is not None and b is not None and a.column == b.column
+    if a is None or b is None:
+        return False
+    if a.steps is None or b.steps is None:
+        a, b = replace(a, steps=None), replace(b, steps=None)
+    return a.column == b.column
 
 
 def likelihood(
@@ -121,6 +144,7 @@ def likelihood(
     steps: int | None = None,
     batch_size: int = 128,
     seed: int = 0,
+    dataset: str = "",
 ) -> Likelihood | None:
     """The likelihood of test images under a model, where its family has one.
 
@@ -131,6 +155,7 @@ def likelihood(
         steps: of a diffusion model: of its bound; None: all, each of which runs the network on every image.
         batch_size: images at a time; it changes the result by rounding only.
         seed: of the draws, and of binarization.
+        dataset: name of the data set, such as ``splits.name``, since numbers of different ones do not compare.
 
     Returns:
         None for a model without a likelihood: an autoencoder, a GAN.
@@ -152,6 +177,8 @@ def likelihood(
     data = data.to(device) if isinstance(data, DeviceDataset) else DeviceDataset(data, device)
     noise = random.as_seed(evaluation_seed(seed), device)
     if hasattr(model, "bits_per_dim"):
+        if hasattr(model, "schedule"):
+            steps = len(model.schedule.timesteps(steps)) - 1
         measure, options = model.bits_per_dim, {} if steps is None else {"steps": steps}
     else:
         measure, options = (model.elbo, {}) if k is None else (model.log_prob, {"k": k})
@@ -160,10 +187,17 @@ def likelihood(
         for batch, rows in data.batches(batch_size, seed=evaluation_seed(seed), shuffle=False):
             x = batch if _of_grey_levels(model) else batch.float() / 255
             values.append(measure(x, seed=noise, row_offset=int(rows[0]), **options))
-    return describe(model, torch.cat(values), data.binarize, k)
+    return describe(model, torch.cat(values), data.binarize, k, steps, dataset)
 
 
-def describe(model: nn.Module, values: Tensor, binarize: Binarize = "none", k: int | None = None) -> Likelihood:
+def describe(
+    model: nn.Module,
+    values: Tensor,
+    binarize: Binarize = "none",
+    k: int | None = None,
+    steps: int | None = None,
+    dataset: str = "",
+) -> Likelihood:
     """What the numbers of the single images mean.
 
     Args:
@@ -171,6 +205,8 @@ def describe(model: nn.Module, values: Tensor, binarize: Binarize = "none", k: i
         values: [N], of ``bits_per_dim``, or of ``elbo`` (k None) or ``log_prob`` with k draws.
         binarize: what was done to the pixels, as in `DeviceDataset`.
         k: see values.
+        steps: of a diffusion model's bound, how many there were.
+        dataset: name of the data set; empty if unknown.
 
     Example:
         >>> from genfast.models import VAE
@@ -179,9 +215,11 @@ def describe(model: nn.Module, values: Tensor, binarize: Binarize = "none", k: i
     """
     if not hasattr(model, "bits_per_dim"):
         data = (_BERNOULLI if model.likelihood == "bernoulli" else _DENSITY)[binarize]
-        return Likelihood(of_mean(values), "elbo" if k is None else "iwae", "lower", "nats per image", data, k)
+        kind = "elbo" if k is None else "iwae"
+        return Likelihood(of_mean(values), kind, "lower", "nats per image", data, k, dataset=dataset)
     bound, data = ("upper", _DISCRETE[binarize]) if _of_grey_levels(model) else ("exact", _DENSITY[binarize])
-    return Likelihood(of_mean(values), "bits_per_dim", bound, "bits per dimension", data)
+    found = of_mean(values)
+    return Likelihood(found, "bits_per_dim", bound, "bits per dimension", data, steps=steps, dataset=dataset)
 
 
 def _of_grey_levels(model: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from genfast.metrics._images import check_images, unit_interval
 from genfast.metrics.classifier import DigitClassifier, features_and_logits
-from genfast.metrics.estimate import Estimate, of_mean, of_ratio, own_generator
+from genfast.metrics.estimate import Estimate, of_mean, of_ratio, of_share, own_generator
 
 __all__ = ["memorisation", "nearest_neighbour_distance", "precision_recall"]
 
@@ -64,10 +64,7 @@ def precision_recall_of_features(features: Tensor, reference: Tensor, k: int = 3
     for start, distances in _distances(features, reference):
         precise.append((distances <= reference_radii).any(1))
         recalled |= (distances <= radii[start : start + len(distances)].unsqueeze(1)).any(0)
-    return {
-        "precision": of_mean(torch.cat(precise).double(), 0.0, 1.0),
-        "recall": of_mean(recalled.double(), 0.0, 1.0),
-    }
+    return {"precision": of_share(torch.cat(precise)), "recall": of_share(recalled)}
 
 
 def nearest_neighbour_distance(images: Tensor, training: Tensor) -> Estimate:

@@ -1,6 +1,7 @@
 """The classifier of digits that comes with genfast."""
 
 import os
+from importlib import resources
 
 import pytest
 import torch
@@ -23,6 +24,12 @@ def classifier():
 def accuracy(classifier, images, labels):
     guesses = features_and_logits("images", images, classifier)[1].argmax(1)
     return float((guesses == labels).double().mean())
+
+
+def test_the_licence_of_the_data_names_the_weights():
+    text = (resources.files("genfast") / "data" / "LICENSE-MNIST.txt").read_text(encoding="utf-8")
+    for name in ("digits.npz", "digit_classifier.safetensors"):
+        assert name in text
 
 
 def test_accuracy_on_the_bundled_test_images_is_the_recorded_one(classifier, digits):

@@ -57,6 +57,14 @@ def test_scales_shifts_and_shapes_of_codes_do_not_matter():
     assert linear_probe(constant[0], train_labels, constant[1], test_labels) == plain
 
 
+def test_a_probe_that_is_always_right_is_not_certain():
+    labels = torch.arange(60) % 2
+    codes = torch.randn(60, 2) + 100 * labels[:, None]
+    found = linear_probe(codes[:30], labels[:30], codes[30:], labels[30:])
+    assert found.value == found.high == 1
+    assert 0.85 < found.low < 0.95
+
+
 def test_what_no_line_separates_is_not_found():
     codes = torch.randn(2000, 2)
     labels = (codes[:, 0] * codes[:, 1] > 0).long()

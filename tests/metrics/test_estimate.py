@@ -5,9 +5,11 @@ import math
 
 import pytest
 import torch
+from scipy import stats
 
+from genfast.experiments.base import apart
 from genfast.metrics import Estimate
-from genfast.metrics.estimate import of_mean, of_ratio, of_resamples, of_shares, own_generator, resampled_rows
+from genfast.metrics.estimate import of_mean, of_ratio, of_resamples, of_share, of_shares, own_generator, resampled_rows
 
 
 @pytest.mark.parametrize(
@@ -55,6 +57,40 @@ def test_intervals_of_ratios_cover():
     assert 0.89 <= covered(estimates, 2.0) <= 0.99
 
 
+@pytest.mark.parametrize(
+    ("hits", "n", "low", "high"),
+    [(0, 10, 0.0, 0.27753), (10, 10, 0.72247, 1.0), (5, 10, 0.23659, 0.76341), (36, 40, 0.76949, 0.96040)],
+)
+def test_share_against_published_and_scipys_numbers(hits, n, low, high):
+    found = of_share(torch.arange(n) < hits)
+    assert (found.value, found.n) == (hits / n, n)
+    assert (found.low, found.high) == pytest.approx((low, high), abs=1e-5)
+    wilson = stats.binomtest(hits, n).proportion_ci(0.95, "wilson")
+    assert (found.low, found.high) == pytest.approx((wilson.low, wilson.high), abs=1e-12)
+
+
+@pytest.mark.parametrize("n", [2, 3, 7, 40, 997, 10_000])
+def test_none_and_all_have_an_interval_within_0_and_1(n):
+    none, every = of_share(torch.zeros(n).bool()), of_share(torch.ones(n).bool())
+    assert (none.low, none.value) == (0, 0)
+    assert (every.value, every.high) == (1, 1)
+    # The rule of three: the other end is some 3 to 4 items away.
+    assert 1.0 < none.high * (n + 4) < 4.0
+    assert every.low == pytest.approx(1 - none.high, abs=1e-12)
+
+
+def test_all_of_forty_are_not_told_from_thirty_six():
+    every, most = of_share(torch.ones(40).bool()), of_share(torch.arange(40) < 36)
+    assert every.low < most.high
+    assert not apart(every, most)
+
+
+@pytest.mark.parametrize("truth", [0.03, 0.5, 0.98])
+def test_intervals_of_a_share_cover(truth):
+    estimates = [of_share(draw < truth) for draw in torch.rand(600, 90)]
+    assert 0.91 <= covered(estimates, truth) <= 0.995
+
+
 def test_intervals_of_shares_cover_in_spite_of_the_bias():
     truth = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
 
@@ -81,6 +117,7 @@ def test_resamples_keep_to_their_bounds_and_around_the_value():
 
 def test_a_single_item_has_no_interval():
     assert math.isnan(of_mean(torch.ones(1)).low)
+    assert math.isnan(of_share(torch.ones(1).bool()).low)
 
 
 def test_own_generator_leaves_torchs_alone_and_repeats():

@@ -1,6 +1,7 @@
 """Likelihoods of each family, and which of them compare."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -58,6 +59,41 @@ def test_bits_of_flows_and_diffusion_models_compare(images):
     assert not comparable(of_flow, likelihood(flow, DeviceDataset(images, binarize="threshold")))
 
 
+def test_bounds_in_different_numbers_of_steps_do_not_compare(images):
+    flow, ddpm = RealNVP(image_shape=SHAPE, preset="tiny"), DDPM(image_shape=SHAPE, preset="tiny", num_steps=6)
+    two, five, whole = (likelihood(ddpm, images[:4], steps=steps) for steps in (2, 5, None))
+    assert (two.steps, five.steps, whole.steps) == (2, 5, 6)
+    assert len({two.column, five.column, whole.column}) == 3
+    assert "in 2 steps" in two.column
+    assert "in 2 steps" in str(two)
+    assert not comparable(two, five)
+    assert not comparable(whole, five)
+    assert comparable(two, likelihood(ddpm, images[4:8], steps=2))
+    # A flow has no steps, and bounds the probability of the same pixels.
+    of_flow = likelihood(flow, images[:4])
+    assert of_flow.steps is None
+    assert comparable(of_flow, two)
+    assert comparable(five, of_flow)
+
+
+def test_a_continuous_schedule_counts_its_own_steps(images):
+    model = DDPM(image_shape=SHAPE, preset="tiny", schedule="cosine_vp")
+    assert likelihood(model, images[:2]).steps == 50
+
+
+def test_images_of_different_data_do_not_compare(images):
+    model = vae()
+    of = {name: likelihood(model, images, dataset=name) for name in ("digits", "things", "")}
+    assert of["digits"].dataset == "digits"
+    assert of["digits"].column.endswith(", digits")
+    assert str(of["digits"]).endswith(", digits)")
+    for one in of:
+        assert [comparable(of[one], of[other]) for other in of] == [one == other for other in of]
+    flow = RealNVP(image_shape=SHAPE, preset="tiny")
+    digits, things = (likelihood(flow, images, dataset=name) for name in ("digits", "things"))
+    assert not comparable(digits, replace(things, steps=5))
+
+
 def test_a_density_of_real_numbers_is_none_of_grey_levels(images):
     flow = Flow([ActNorm(1)], data_shape=SHAPE).eval()
     found = likelihood(flow, images)
@@ -87,6 +123,11 @@ def test_through_json_and_as_text(images):
     found = likelihood(vae(), DeviceDataset(images, binarize="threshold"), k=5)
     assert Likelihood.from_dict(json.loads(json.dumps(found.to_dict()))) == found
     assert str(found).endswith("nats per image (iwae, lower bound; pixels binarized at 128)")
+    full = replace(found, steps=50, dataset="digits")
+    assert Likelihood.from_dict(json.loads(json.dumps(full.to_dict()))) == full
+    # Files that were written before there were these two.
+    older = {name: value for name, value in found.to_dict().items() if name not in ("steps", "dataset")}
+    assert Likelihood.from_dict(older) == found
     assert "exact" in str(Likelihood(Estimate(1.0), "bits_per_dim", "exact", "bits per dimension", "reals"))
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from genfast.metrics import DEFINITIONS, evaluate_model, evaluate_samples, sampling_speed, timed_samples
+from genfast.experiments import measures
+from genfast.metrics import DEFINITIONS, are_digits, evaluate_model, evaluate_samples, sampling_speed, timed_samples
 from genfast.metrics.speed import _rate
 from genfast.models import VAE, AutoEncoder
 from genfast.training import Splits, load_dataset
@@ -51,6 +52,14 @@ def test_samples_in_all_metrics(splits):
     assert found["memorisation"].value == 0
     assert found["coverage"].value == 10
     assert {name: part.n for name, part in found.items()} == dict.fromkeys(OF_DIGITS, 300)
+
+
+def test_which_images_the_classifier_knows(splits):
+    assert are_digits(splits)
+    assert are_digits(splits._replace(name="mnist"))
+    assert not are_digits(splits._replace(name="fashion-mnist"))
+    assert not are_digits(splits._replace(train=splits.train.expand(-1, 3, -1, -1)))
+    assert measures.are_digits is are_digits
 
 
 def test_images_of_other_things(splits):

@@ -48,8 +48,12 @@ def test_against_a_loop(k, chunk, monkeypatch):
 def test_sets_that_are_known():
     near, far = torch.randn(200, 4), torch.randn(200, 4) + 100
     both = torch.cat([near[100:], far[100:]])
-    assert values(precision_recall_of_features(both, both)) == (1, 1)
-    assert values(precision_recall_of_features(near, far)) == (0, 0)
+    whole, nothing = precision_recall_of_features(both, both), precision_recall_of_features(near, far)
+    assert values(whole) == (1, 1)
+    assert values(nothing) == (0, 0)
+    for name in ("precision", "recall"):
+        assert nothing[name].low == 0 < nothing[name].high
+        assert whole[name].low < 1 == whole[name].high
     # One mode of two: good and not various. A mode of its own: various and half good.
     dropped = values(precision_recall_of_features(near, both))
     assert dropped[0] > 0.8
