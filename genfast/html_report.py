@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from importlib import resources
@@ -38,8 +39,12 @@ _NOT_SETTINGS = {
 }  # fmt: skip
 # Panels of a history: width and height of the axes, and what is around them.
 _WIDE, _HIGH, _LEFT, _TOP, _BELOW = 220, 110, 44, 20, 18
-# No request leaves the page, whatever its texts hold.
-_POLICY = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+# No request leaves the page, and no script runs but its own, whatever its texts hold.
+_POLICY = "default-src 'none'; img-src data:; media-src data:; style-src '{style}'; script-src '{script}'"
+# What depends on the number of images as much as on what they show.
+_BIASED = (
+    "frechet_distance", "inception_fid", "precision", "recall", "coverage", "entropy", "smallest_share",
+)  # fmt: skip
 
 
 def write_report(
@@ -111,15 +116,20 @@ class _Run:
     notes: list[str] = field(default_factory=list)
 
     @property
+    def source(self) -> str:
+        """What the run was trained on, as it was named: two folders of images may end in one name."""
+        return str(self.settings.get("data") or "unknown data")
+
+    @property
     def data(self) -> tuple[str, ...]:
-        """What two runs must share for their numbers to compare; its parts, in words."""
+        """What two runs must share, beside the source, for their numbers to compare; its parts, in words."""
         settings = self.settings
         shape = " × ".join(map(str, settings.get("image_shape") or ["unknown size"]))
         counts = [settings.get(name) for name in ("train_images", "test_images")]
         images = "" if None in counts else f"{counts[0]:,} + {counts[1]:,} images"
         binarize = settings.get("binarize") or "none"
         pixels = "grey levels" if binarize == "none" else f"binarized ({binarize})"
-        return tuple(filter(None, (str(settings.get("data", "unknown data")), shape, images, pixels)))
+        return tuple(filter(None, (Path(self.source).name, shape, images, pixels)))
 
 
 def _read(folder: Path) -> _Run:
@@ -131,6 +141,11 @@ def _read(folder: Path) -> _Run:
     history = [_parse(folder / "metrics.jsonl", line) for line in lines if line.strip()]
     evaluation = _parse(folder / "evaluation.json", _read_text(folder / "evaluation.json") or "{}")
     config = _parse(folder / "config.json", _read_text(folder / "config.json") or "{}")
+    _check_settings(folder / "run.json", settings)
+    for row in history:
+        _expect(folder / "metrics.jsonl", row, "a number", "epoch", needed=True)
+        _expect(folder / "metrics.jsonl", row, "a number", "seconds")
+    _check_evaluation(folder / "evaluation.json", evaluation)
     run = _Run(folder, folder.name, settings, history, evaluation, config.get("likelihood", ""))
     _measure(run)
     return run
@@ -155,18 +170,81 @@ def _parse(path: Path, text: str) -> dict[str, Any]:
     return found
 
 
+def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    _expect(path, settings, "a text", "data", "binarize")
+    _expect(path, settings, "a whole number", "train_images", "test_images")
+    _expect(path, settings, "a list of whole numbers", "image_shape")
+
+
+def _check_evaluation(path: Path, evaluation: Mapping[str, Any]) -> None:
+    _expect(path, evaluation, "a text", "data", "binarize")
+    _expect(path, evaluation, "a whole number", "images", "k", "steps")
+    plain = [name for name in _PLAIN if name in evaluation and not isinstance(evaluation[name], Mapping)]
+    _expect(path, evaluation, "a number", *plain, needed=True)
+    _expect(path, evaluation, "a number", "standard_error")
+    _expect(path, evaluation, "an object", "metrics")
+    metrics = evaluation.get("metrics") or {}
+    _expect(path, metrics, "an object", *(name for name in metrics if name in DEFINITIONS), needed=True)
+    for name, fields in {**evaluation, **metrics}.items():
+        if not isinstance(fields, Mapping) or (name not in DEFINITIONS and "kind" not in fields):
+            continue
+        _expect(path, fields, "a number", "value", needed=True, of=name)
+        _expect(path, fields, "a number, or null,", "low", "high", needed=True, of=name)
+        _expect(path, fields, "a whole number", "n", needed=True, of=name)
+        if "kind" in fields:
+            _expect(path, fields, f"one of {', '.join(_KINDS)}", "kind", needed=True, of=name)
+            _expect(path, fields, "a text", "unit", "data", needed=True, of=name)
+            _expect(path, fields, "a whole number", "k", "steps", of=name)
+
+
+def _expect(
+    path: Path, fields: Mapping[str, Any], what: str, *names: str, needed: bool = False, of: str = ""
+) -> None:  # fmt: skip
+    """Raise unless the fields of that name are what they have to be; others than `needed` may be absent or null."""
+    for name in names:
+        value, missing = fields.get(name), name not in fields
+        if not needed and value is None:
+            continue
+        if missing or not _FITS[what](value):
+            got = "none" if missing else json.dumps(value)
+            raise ValueError(f"{path}: expected {what} for {of and of + '.'}{name}, got {got}")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+# Kinds of likelihoods, and the names of those that `genfast evaluate` writes without --metrics.
+_KINDS = ("elbo", "iwae", "bits_per_dim")
+_PLAIN = ("elbo", "log_likelihood", "bits_per_dim")
+_FITS: dict[str, Callable[[Any], bool]] = {
+    "a text": lambda value: isinstance(value, str),
+    "a number": lambda value: isinstance(value, (int, float)) and not isinstance(value, bool),
+    "a number, or null,": lambda value: value is None or _FITS["a number"](value),
+    "a whole number": _is_whole,
+    "a list of whole numbers": lambda value: isinstance(value, list) and all(map(_is_whole, value)),
+    "an object": lambda value: isinstance(value, Mapping),
+    f"one of {', '.join(_KINDS)}": lambda value: isinstance(value, str) and value in _KINDS,
+}
+
+
 def _named(records: list[_Run]) -> list[_Run]:
-    """The runs, with their whole path for a name where two folders are called the same."""
-    names = [run.folder.name for run in records]
+    """The runs, with as much of the path in the name as tells folders apart that are called the same."""
     for run in records:
-        if names.count(run.name) > 1:
-            run.name = str(run.folder)
+        others = [other.folder.parts for other in records if other is not run]
+        parts = run.folder.parts
+        count = next(n for n in range(1, len(parts) + 1) if all(other[-n:] != parts[-n:] for other in others))
+        run.name = "/".join(parts[-count:])
     return records
 
 
 def _grouped(records: list[_Run]) -> list[list[_Run]]:
     """The runs on each data set."""
-    return [list(group) for _, group in groupby(sorted(records, key=lambda run: run.data), key=lambda run: run.data)]
+
+    def data(run: _Run) -> tuple[Any, ...]:
+        return run.data, run.source
+
+    return [list(group) for _, group in groupby(sorted(records, key=data), key=data)]
 
 
 def _apart(groups: list[list[_Run]]) -> str:
@@ -190,7 +268,7 @@ def _order(groups: list[list[_Run]], name: str) -> list[str]:
     for group in groups:
         group.sort(key=key)
         missing += [run for run in group if name not in run.values]
-    return [f"{run.name} has no {name}: genfast evaluate {run.folder} --metrics" for run in missing]
+    return [f"{run.name} has no {name}: genfast evaluate --metrics measures it" for run in missing]
 
 
 def _measure(run: _Run) -> None:
@@ -199,24 +277,26 @@ def _measure(run: _Run) -> None:
     run.columns = {name: _Column(*texts) for name, texts in _OWN.items()}
     run.values["family"] = str(run.settings.get("family", "unknown"))
     if history:
-        run.values["epochs"] = Estimate(history[-1].get("epoch", math.nan))
-        _put(run, "seconds", sum(row.get("seconds", 0.0) for row in history))
+        run.values["epochs"] = Estimate(history[-1]["epoch"])
+        _put(run, "seconds", sum(row.get("seconds") or 0.0 for row in history))
     parameters = _parameters(run.folder)
     if parameters is not None:
         _put(run, "parameters", parameters)
-    on = evaluation.get("data"), evaluation.get("binarize", "none")
-    own = Path(str(run.settings.get("data"))).name, run.settings.get("binarize") or "none"
+    on = evaluation.get("data"), evaluation.get("binarize") or "none"
+    own = Path(run.source).name, run.settings.get("binarize") or "none"
     if evaluation and on != own:
         pixels = {"none": "grey pixels"}.get(on[1], f"{on[1]} pixels")
         run.notes.append(f"Evaluated on other data than it was trained on ({on[0]}, {pixels}): not in the table.")
         return
-    measured = {**evaluation, **evaluation.get("metrics", {})}
+    measured = {**evaluation, **(evaluation.get("metrics") or {})}
     measured = {name: value for name, value in measured.items() if isinstance(value, Mapping)}
     for name, value in measured.items():
         if name in DEFINITIONS and "kind" not in value:
             _put(run, name, value)
     likelihoods = [value for value in measured.values() if "kind" in value]
     for value in likelihoods or _evaluated(run):
+        if value["kind"] == "bits_per_dim" and value.get("steps") is None:
+            value = {**value, "steps": evaluation.get("steps")}
         _put_likelihood(run, value)
 
 
@@ -231,17 +311,16 @@ def _parameters(folder: Path) -> int | None:
 def _put(run: _Run, name: str, value: Any) -> None:
     definition = DEFINITIONS[name]
     source = f" {definition.source}" if definition.source else ""
-    run.columns[name] = _Column(
-        definition.title, definition.better, definition.text + source, definition.unit
-    )
+    run.columns[name] = _Column(definition.title, definition.better, definition.text + source, definition.unit)
     run.values[name] = Estimate.from_dict(value) if isinstance(value, Mapping) else Estimate(value)
 
 
 def _put_likelihood(run: _Run, found: Mapping[str, Any]) -> None:
-    """A number about log p(x): each kind, and each treatment of the pixels, is a column of its own."""
+    """A number about log p(x): each kind, number of draws or steps, and treatment of the pixels is a column."""
     definition = DEFINITIONS[found["kind"]]
     draws = f", {found['k']:,} draws" if found.get("k") else ""
-    of = f"{found['unit']}{draws}; {found['data']}"
+    steps = f", bound in {found['steps']:,} steps" if found.get("steps") else ""
+    of = f"{found['unit']}{draws}{steps}; {found['data']}"
     key = f"{found['kind']}: {of}"
     run.columns[key] = _Column(definition.title, definition.better, definition.text, of)
     run.values[key] = Estimate.from_dict(found)
@@ -250,18 +329,18 @@ def _put_likelihood(run: _Run, found: Mapping[str, Any]) -> None:
 def _evaluated(run: _Run) -> list[dict[str, Any]]:
     """What `genfast evaluate` says of log p(x) without --metrics."""
     found, numbers = run.evaluation, []
-    pixels = {"none": "grey"}.get(found.get("binarize", "none"), f"{found.get('binarize')} binarized")
+    pixels = {"none": "grey"}.get(found.get("binarize") or "none", f"{found.get('binarize')} binarized")
     data = f"{run.likelihood} likelihood of {pixels} pixels" if run.likelihood else "pixels of 256 grey levels"
     for name, kind, unit in (
         ("elbo", "elbo", "nats per image"), ("log_likelihood", "iwae", "nats per image"),
         ("bits_per_dim", "bits_per_dim", "bits per dimension"),
     ):  # fmt: skip
-        if name in found:
+        if name in found and not isinstance(found[name], Mapping):
             # The standard error is that of the estimate which was asked for.
-            half = 1.96 * found["standard_error"] if "standard_error" in found and name != "elbo" else math.nan
+            half = math.nan if name == "elbo" else 1.96 * (found.get("standard_error") or math.nan)
             ends = (found[name] - half, found[name] + half) if math.isfinite(half) else (None, None)
             k = found.get("k") if kind == "iwae" else None
-            about = {"kind": kind, "unit": unit, "data": data, "k": k, "n": found.get("images", 0)}
+            about = {"kind": kind, "unit": unit, "data": data, "k": k, "n": found.get("images") or 0}
             numbers.append({"value": found[name], "low": ends[0], "high": ends[1], **about})
     return numbers
 
@@ -270,7 +349,8 @@ def _page(groups: list[list[_Run]], notes: list[str]) -> str:
     count = sum(map(len, groups))
     title = f"genfast: {count} {'run' if count == 1 else 'runs'}"
     files = resources.files("genfast") / "data"
-    style, script = ((files / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+    style, script = ("\n" + (files / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+    policy = _POLICY.format(style=_hash(style), script=_hash(script))
     numbers = {id(run): place for place, run in enumerate((run for group in groups for run in group), 1)}
     parts = [
         f"<h1>{title}</h1>",
@@ -283,11 +363,15 @@ def _page(groups: list[list[_Run]], notes: list[str]) -> str:
     ]
     return "\n".join([
         "<!DOCTYPE html>", '<html lang="en">', "<head>", '<meta charset="utf-8">',
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">', '<link rel="icon" href="data:,">',
-        f"<title>{title}</title>", f"<style>\n{style}</style>", "</head>", "<body>", *parts,
-        f"<script>\n{script}</script>", "</body>", "</html>", "",
+        f"<title>{title}</title>", f"<style>{style}</style>", "</head>", "<body>", *parts,
+        f"<script>{script}</script>", "</body>", "</html>", "",
     ])  # fmt: skip
+
+
+def _hash(text: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
 def _group(group: list[_Run], numbers: Mapping[int, int]) -> str:
@@ -317,6 +401,8 @@ def _table(
     group: list[_Run], numbers: Mapping[int, int], columns: dict[str, _Column], settings: dict[str, list[Any]]
 ) -> str:
     best = {key: _best([run.values.get(key) for run in group], column.better) for key, column in columns.items()}
+    uneven = [key for key in best if key in _BIASED and _sizes(run.values.get(key) for run in group) > 1]
+    best |= {key: set() for key in uneven}
     heads = [_heading("run", "text", "ascending", "Name of the run's folder.")]
     heads += [_heading(name, _kind(values), "ascending", "A setting.") for name, values in settings.items()]
     for key, column in columns.items():
@@ -331,11 +417,19 @@ def _table(
         cells += [_cell(run.values.get(key), index in best[key]) for key in columns]
         rows.append(f"<tr>{''.join(cells)}</tr>")
     shown = "" if not any(best.values()) else "Marked: the best, and what its interval does not tell from it. "
+    if uneven:
+        titles = ", ".join(escape(columns[key].title) for key in uneven)
+        shown += f"Not marked, since they depend on the number of images, which differs: {titles}. "
     caption = f"<caption>{shown}Small print: 95% interval, and images measured.</caption>" if columns else ""
     return (
         f'<div class="scroll"><table class="sortable">{caption}<thead><tr>{"".join(heads)}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
+
+
+def _sizes(values: Iterable[Any]) -> int:
+    """How many sample sizes there are among numbers."""
+    return len({value.n for value in values if isinstance(value, Estimate) and not math.isnan(value.value)})
 
 
 def _kind(values: Iterable[Any]) -> str:
@@ -378,6 +472,8 @@ def _setting(value: Any) -> str:
         return '<td class="missing">none</td>'
     if isinstance(value, bool) or not _is_number(value):
         text = value if isinstance(value, str) else json.dumps(value)
+        # A page is passed on, and where files lay on this machine concerns nobody.
+        text = os.path.basename(text) if os.path.isabs(text) else text
         return f'<td class="text" data-value="{escape(text)}">{escape(text)}</td>'
     return f'<td data-value="{value}">{value:g}</td>'
 
@@ -417,7 +513,7 @@ def _figure(path: Path, caption: str, link: str | None = None) -> str:
 def _section(run: _Run, place: int) -> str:
     """All that is known of one run."""
     family, status = (escape(str(run.settings.get(name, "unknown"))) for name in ("family", "status"))
-    parts = [f'<h3 id="run-{place}">{escape(run.name)}</h3>', f"<p>{family}, {status}; {escape(str(run.folder))}</p>"]
+    parts = [f'<h3 id="run-{place}">{escape(run.name)}</h3>', f"<p>{family}, {status}</p>"]
     notes = [*run.notes, *(f"Epoch {row['epoch']}: {row['warning']}" for row in run.history if "warning" in row)]
     parts += [f'<p class="note">{escape(note)}</p>' for note in notes]
     figures = [_figure(path, path.name) for path in _pictures(run.folder) if path.name != "samples.png"]
@@ -426,7 +522,8 @@ def _section(run: _Run, place: int) -> str:
     if run.history:
         parts.append(_curves(run.history))
         parts.append(f"<details><summary>History: {len(run.history)} epochs</summary>{_history(run.history)}</details>")
-    settings = "".join(f"<tr><td>{escape(name)}</td>{_setting(value)}</tr>" for name, value in run.settings.items())
+    shown = {name: value for name, value in run.settings.items() if name != "data_root"}
+    settings = "".join(f"<tr><td>{escape(name)}</td>{_setting(value)}</tr>" for name, value in shown.items())
     parts.append(f"<details><summary>Settings</summary><table><tbody>{settings}</tbody></table></details>")
     if run.evaluation:
         text = escape(json.dumps(run.evaluation, indent=2))

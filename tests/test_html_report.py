@@ -103,6 +103,21 @@ def test_where_higher_is_better_the_highest_is_marked(tmp_path):
     assert re.findall(r'<td class=best data-value="([\d.]+)">', page) == ["0.88", "0.9"]
 
 
+@pytest.mark.parametrize("name", ["frechet_distance", "precision", "recall", "coverage"])
+def test_of_different_numbers_of_images_no_best_is_marked(name, tmp_path):
+    for run, value, n in (("a", 0.1, 500), ("b", 0.9, 2048), ("c", 0.5, 2048)):
+        about = {"value": value, "low": value - 0.01, "high": value + 0.01, "n": n}
+        make_run(tmp_path / run, evaluation={"metrics": {name: about, "confidence": about}})
+    page, _ = page_of([tmp_path / run for run in "abc"], tmp_path)
+    # Confidence is a mean, whatever it is the mean of.
+    assert re.findall(r'<td class=best data-value="([\d.]+)">', page) == ["0.9"]
+    title = html_report.DEFINITIONS[name].title
+    assert f"Not marked, since they depend on the number of images, which differs: {title}." in page
+    page, _ = page_of([tmp_path / run for run in "bc"], tmp_path)
+    assert page.count("<td class=best") == 2
+    assert "Not marked" not in page
+
+
 def test_runs_on_different_data_stand_in_tables_of_their_own(tmp_path):
     runs = [
         make_run(tmp_path / "a"), make_run(tmp_path / "b", data="mnist", train_images=60_000),
@@ -133,6 +148,32 @@ def test_likelihoods_of_different_treatments_have_columns_of_their_own(tmp_path)
     assert column(table, bits)[2] == "1.250|n = 1,000"
 
 
+def test_bounds_in_different_numbers_of_steps_have_columns_of_their_own(tmp_path):
+    about = {"value": 3.0, "low": 2.9, "high": 3.1, "n": 100, "kind": "bits_per_dim", "bound": "upper", "k": None,
+             "unit": "bits per dimension", "data": "pixels of 256 grey levels"}  # fmt: skip
+    evaluations = {
+        "a": {"metrics": {"bits_per_dim": {**about, "steps": 10}}},
+        "b": {"metrics": {"bits_per_dim": {**about, "steps": 1000}}},
+        # Without --metrics, and as files of before had it.
+        "c": {"bits_per_dim": 3.0, "steps": 10},
+        "d": {"steps": 1000, "metrics": {"bits_per_dim": about}},
+        "flow": {"metrics": {"bits_per_dim": {**about, "steps": None}}},
+    }
+    for name, evaluation in evaluations.items():
+        make_run(tmp_path / name, family="ddpm", evaluation=evaluation, likelihood="")
+    (table,) = tables(page_of([tmp_path / name for name in evaluations], tmp_path)[0])
+    in_column = {
+        heading: "".join(run for run, cell in zip(evaluations, column(table, heading), strict=True) if cell[0] == "3")
+        for heading in table[0] if heading.startswith("bits per dimension|")
+    }  # fmt: skip
+    of = "pixels of 256 grey levels"
+    assert in_column == {
+        f"bits per dimension|bits per dimension, bound in 10 steps; {of}": "ac",
+        f"bits per dimension|bits per dimension, bound in 1,000 steps; {of}": "bd",
+        f"bits per dimension|bits per dimension; {of}": "flow",
+    }
+
+
 def test_an_evaluation_on_other_data_is_not_in_the_table(tmp_path):
     run = make_run(tmp_path / "a", evaluation={**frechet(3.0), "data": "fashion-mnist"})
     page, _ = page_of([run], tmp_path)
@@ -161,7 +202,7 @@ def test_sorted_by_a_metric_the_best_comes_first(tmp_path):
     runs = [make_run(tmp_path / name, evaluation=value and frechet(value)) for name, value in values.items()]
     page, notes = page_of(runs, tmp_path, sort="frechet_distance")
     assert column(tables(page)[0], "run") == ["a", "d", "c", "b"]
-    assert notes == [f"b has no frechet_distance: genfast evaluate {tmp_path / 'b'} --metrics"]
+    assert notes == ["b has no frechet_distance: genfast evaluate --metrics measures it"]
 
 
 def test_a_warning_of_the_training_is_shown(tmp_path):
@@ -182,7 +223,65 @@ def test_parameters_are_those_of_the_model(tmp_path):
 def test_folders_of_one_name_are_told_apart(tmp_path):
     runs = [make_run(tmp_path / "x" / "run"), make_run(tmp_path / "y" / "run")]
     (table,) = tables(page_of([*runs, runs[0]], tmp_path)[0])
-    assert column(table, "run") == [str(run) for run in runs]
+    assert column(table, "run") == ["x/run", "y/run"]
+
+
+def test_the_page_does_not_tell_where_anything_lay(tmp_path):
+    home = tmp_path / "home"
+    runs = [make_run(home / name / "run", data=str(home / name / "cats"), data_root=str(home), lr=lr)
+            for name, lr in (("x", 0.1), ("y", 0.2), ("z", 0.1))]  # fmt: skip
+    page, notes = page_of(runs, tmp_path, sort="epochs")
+    assert str(home) not in page
+    # Folders of one name are not one set of data.
+    assert [column(table, "run") for table in tables(page)] == [["x/run"], ["y/run"], ["z/run"]]
+    assert "cats" in notes[0]
+    other = make_run(home / "w" / "run", family="ddpm", weights=str(home / "weights.safetensors"))
+    assert str(home) not in page_of([other, make_run(home / "v" / "run")], tmp_path)[0]
+
+
+METRIC = {"value": 1.0, "low": 0.9, "high": 1.1, "n": 10}
+LIKELIHOOD = {**METRIC, "kind": "elbo", "unit": "nats per image", "data": "grey pixels", "k": None}
+
+
+def evaluated(name, remove=None, **changes):
+    fields = {**(LIKELIHOOD if name == "elbo" else METRIC), **changes}
+    fields.pop(remove, None)
+    return {"metrics": {name: fields}}
+
+
+@pytest.mark.parametrize(
+    ("file", "damaged", "said"),
+    [
+        ("evaluation", evaluated("coverage", remove="low"), "a number, or null, for coverage.low, got none"),
+        ("evaluation", evaluated("coverage", remove="n"), "a whole number for coverage.n, got none"),
+        ("evaluation", evaluated("coverage", value="ten"), 'a number for coverage.value, got "ten"'),
+        ("evaluation", evaluated("coverage", value=None), "a number for coverage.value, got null"),
+        ("evaluation", evaluated("coverage", n="10"), 'a whole number for coverage.n, got "10"'),
+        ("evaluation", evaluated("elbo", kind="evidence"), "one of elbo, iwae, bits_per_dim for elbo.kind, got"),
+        ("evaluation", evaluated("elbo", kind=["elbo"]), "one of elbo, iwae, bits_per_dim for elbo.kind, got"),
+        ("evaluation", evaluated("elbo", remove="unit"), "a text for elbo.unit, got none"),
+        ("evaluation", evaluated("elbo", steps="all"), 'a whole number for elbo.steps, got "all"'),
+        ("evaluation", {"metrics": {"coverage": 5}}, "an object for coverage, got 5"),
+        ("evaluation", {"metrics": [1]}, "an object for metrics, got [1]"),
+        ("evaluation", {"elbo": None}, "a number for elbo, got null"),
+        ("evaluation", {"elbo": -9.0, "standard_error": "1"}, 'a number for standard_error, got "1"'),
+        ("evaluation", {"binarize": ["none"]}, 'a text for binarize, got ["none"]'),
+        ("history", {"epoch": "one"}, 'a number for epoch, got "one"'),
+        ("history", {"warning": "collapse"}, "a number for epoch, got none"),
+        ("history", {"epoch": 1, "seconds": "2"}, 'a number for seconds, got "2"'),
+        ("settings", {"image_shape": 5}, "a list of whole numbers for image_shape, got 5"),
+        ("settings", {"train_images": "many"}, 'a whole number for train_images, got "many"'),
+        ("settings", {"data": ["digits"]}, 'a text for data, got ["digits"]'),
+    ],
+)
+def test_damaged_files_are_named(file, damaged, said, tmp_path):
+    of = {file: damaged}
+    run = make_run(tmp_path / "a", evaluation=of.get("evaluation"), **of.get("settings", {}))
+    if file == "history":
+        (run / "metrics.jsonl").write_text(json.dumps(damaged) + "\n")
+    name = {"evaluation": "evaluation.json", "history": "metrics.jsonl", "settings": "run.json"}[file]
+    with pytest.raises(ValueError, match=re.escape(f"{run / name}: expected {said}")):
+        page_of([run], tmp_path)
 
 
 def test_what_is_no_run_is_refused(tmp_path, capsys):
@@ -264,6 +363,27 @@ def test_the_page_asks_for_nothing_and_complains_of_nothing(shown):
     assert {url for url in urls if not url.startswith("data:")} == {page.as_uri()}
     assert log == []
     assert driver.execute_script("return window.hacked === undefined && document.scripts.length === 1")
+
+
+def test_no_other_script_runs_on_the_page(browser, tmp_path):
+    """Even where a text were written unescaped: the policy knows the page's own script alone."""
+    page, _ = page_of([make_run(tmp_path / "a")], tmp_path)
+    attacks = "<script>window.hacked = 1</script><img src='data:,' onerror='window.hacked = 1'>"
+    path = tmp_path / "attacked.html"
+    path.write_text(page.replace("<h2>Runs</h2>", attacks))
+    before = browser.current_window_handle
+    browser.switch_to.new_window("tab")
+    browser.get(path.as_uri())
+    assert browser.execute_script("return document.scripts.length") == 2
+    assert browser.execute_script("return window.hacked === undefined")
+    refused = [entry["message"] for entry in browser.get_log("browser")]
+    assert sum("Content Security Policy" in message for message in refused) == 2
+    assert names_in_order(browser) == ["a"]
+    click(browser, "run")
+    headings = browser.find_elements("css selector", "table.sortable thead th")
+    assert headings[0].get_attribute("aria-sort") == "ascending"
+    browser.close()
+    browser.switch_to.window(before)
 
 
 def test_pictures_and_curves_are_there(shown):

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+from itertools import combinations
 from typing import Any
 
 import torch
 
 from genfast import html_report, training
 from genfast._files import replacing
-from genfast.experiments.base import Page, Settings, Trained, best, number, train_run, versus
+from genfast.experiments.base import Page, Settings, Trained, apart, best, number, train_run, versus
 from genfast.experiments.figures import save_panels
-from genfast.experiments.measures import headings
-from genfast.metrics import DEFINITIONS, Estimate, Likelihood, evaluate_model, likelihood
+from genfast.experiments.measures import are_digits, headings
+from genfast.metrics import DEFINITIONS, Estimate, Likelihood, comparable, evaluate_model, likelihood
 from genfast.models import DDPM, VAE
 
 # Name of the model -> family, options of the model, and of its training where time alone ends it.
@@ -30,6 +31,9 @@ _OF_SAMPLES = (
     "frechet_distance", "precision", "recall", "coverage", "entropy", "smallest_share", "confidence",
     "nearest_distance", "memorisation", "sampling_speed",
 )  # fmt: skip
+# Taken in the features of the digit classifier, whatever the images are.
+_OF_FEATURES = ("frechet_distance", "precision", "recall")
+_NO_DIGITS = "in features made for digits"
 _OF_MODELS = ("linear_probe", "active_units", "parameters", "seconds")
 
 
@@ -93,7 +97,7 @@ def _page(
     page = Page(
         "Five families, one budget",
         f"An autoencoder, a VAE, a GAN, a flow and a diffusion model are trained on the same {len(splits.train):,} "
-        f"images ({splits.name}), each for the same time on the same device. What has each learned by then?",
+        f"images ({splits.name}), each within the same time on the same device. What has each learned by then?",
     )
     by = {
         metric: {name: found[metric] for name, found in measured.items() if isinstance(found.get(metric), Estimate)}
@@ -101,12 +105,13 @@ def _page(
     }
     page.section("What was observed")
     seconds = [trained.seconds for trained in models.values()]
+    spent = f"{number(min(seconds))} to {number(max(seconds))}"
     passes = ", ".join(f"{name} {trained.epochs:.3g}" for name, trained in models.items())
     page.say(
-        f"In {number(min(seconds))} to {number(max(seconds))} seconds of training each went through the images so many "
-        f"times: {passes}."
+        f"Each had {number(settings.budget / len(_MODELS))} seconds, including evaluations; of these {spent} went into "
+        f"training. In that time each went through the images so many times: {passes}."
     )
-    _say_of_samples(page, by)
+    _say_of_samples(page, by, are_digits(splits))
     _say_of_likelihoods(page, measured)
     if len(by["linear_probe"]) == 2:
         first, second = by["linear_probe"]
@@ -123,25 +128,29 @@ def _page(
         "Test images, and samples of each model; autoencoder and VAE: the decoder's means of draws from N(0, I).",
     )
     page.section("Numbers")
-    _tables(page, models, measured, by)
+    _tables(page, models, measured, by, are_digits(splits))
     page.text(
         "Every metric is defined in `genfast.metrics.DEFINITIONS`. Of all models as many samples are drawn and "
         "compared with the test images; the autoencoder, which has no prior, is given codes from N(0, I). Diffusion "
         f"samples with {_STEPS} steps of DDIM, and its bound is that of {_STEPS} steps. A likelihood stands in one "
-        "column with another only where both are of the same treatment of the pixels; a Bernoulli of grey pixels has "
-        "none, and its nats compare with nothing else. Other sizes of the networks, or a longer training, may give "
-        "another order."
+        "column with another only where both are of the same treatment of the pixels, draws and steps; a Bernoulli of "
+        "grey pixels has none, and its nats compare with nothing else. A bound in a number of steps is that of a model "
+        "which samples in as many. Other sizes of the networks, or a longer training, may give another order."
     )
     return page
 
 
-def _say_of_samples(page: Page, by: dict[str, dict[str, Estimate]]) -> None:
+def _say_of_samples(page: Page, by: dict[str, dict[str, Estimate]], digits: bool) -> None:
     for metric in ("frechet_distance", "precision", "recall", "confidence", "sampling_speed"):
-        what = DEFINITIONS[metric]
-        if by[metric] and all(value.value == 0 for value in by[metric].values()):
-            page.say(f"The {what.title} of all models is 0.")
-        elif len(by[metric]) > 1:
-            page.say(f"Best {what.title}: {best(by[metric], what.better, _unit(metric))}.")
+        what, values = DEFINITIONS[metric], by[metric]
+        title = what.title if digits or metric not in _OF_FEATURES else f"{what.title} ({_NO_DIGITS})"
+        if values and all(value.value == 0 for value in values.values()):
+            page.say(f"The {title} of all models is 0.")
+        elif len(values) > 1 and not any(apart(a, b) for a, b in combinations(values.values(), 2)):
+            listed = ", ".join(f"{name} {number(value)}" for name, value in values.items())
+            page.say(f"By {title} no two models are told apart: {listed}.")
+        elif len(values) > 1:
+            page.say(f"Best {title}: {best(values, what.better, _unit(metric))}.")
     if by["coverage"]:
         whole = [name for name, value in by["coverage"].items() if value.value == 10]
         others = {name: value for name, value in by["coverage"].items() if name not in whole}
@@ -162,20 +171,24 @@ def _unit(metric: str) -> str:
 
 
 def _say_of_likelihoods(page: Page, measured: dict[str, dict[str, Estimate | Likelihood]]) -> None:
-    columns: dict[str, dict[str, Likelihood]] = {}
-    for name, found in measured.items():
-        for value in found.values():
-            if isinstance(value, Likelihood):
-                columns.setdefault(value.column, {})[name] = value
-    for values in columns.values():
-        if len(values) == 2:
-            (first, a), (second, b) = values.items()
-            page.say(f"Of {a.data}: {versus(first, a.estimate, second, b.estimate, a.unit)} (bounds).")
+    found = [
+        (name, value) for name, values in measured.items() for value in values.values() if isinstance(value, Likelihood)
+    ]
+    for (first, a), (second, b) in combinations(found, 2):
+        # A flow's number, which has no steps, compares with a bound in any number of them: both are of the same pixels.
+        if first != second and comparable(a, b):
+            kinds = f"{first}: {_bound(a)}; {second}: {_bound(b)}"
+            page.say(f"Of {a.data}: {versus(first, a.estimate, second, b.estimate, a.unit)} ({kinds}).")
+
+
+def _bound(value: Likelihood) -> str:
+    text = "exact" if value.bound == "exact" else f"{value.bound} bound"
+    return text if value.steps is None else f"{text} in {value.steps:,} steps"
 
 
 def _tables(
     page: Page, models: dict[str, Trained], measured: dict[str, dict[str, Estimate | Likelihood]],
-    by: dict[str, dict[str, Estimate]],
+    by: dict[str, dict[str, Estimate]], digits: bool,
 ) -> None:  # fmt: skip
     rows: dict[str, dict[str, Any]] = {}
     likelihoods: dict[str, str] = {}
@@ -188,10 +201,12 @@ def _tables(
             if isinstance(value, Likelihood):
                 rows[name][value.column] = value.estimate
                 likelihoods[value.column] = value.column
-    known = [metric for metric in _OF_SAMPLES if by[metric]]
+    known = headings(*(metric for metric in _OF_SAMPLES if by[metric]))
+    if not digits:
+        known |= {metric: f"{known[metric]}, {_NO_DIGITS}" for metric in _OF_FEATURES if metric in known}
     page.table(
         list(rows.values()), "The samples of all models, measured alike.",
-        {"model": "model", **headings(*known)}, name="samples",
+        {"model": "model", **known}, name="samples",
     )  # fmt: skip
     others = [metric for metric in ("linear_probe", "active_units") if by[metric]]
     page.table(

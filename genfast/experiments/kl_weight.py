@@ -50,7 +50,7 @@ def _measured(settings: Settings, splits: training.Splits, weight: float, traine
         "weight": f"{weight:g}",
         **bound(trained.model, test, settings.seed),
         "log_likelihood": log_likelihood(trained.model, few, k, settings.seed),
-        "active_units": active_units(codes(trained.model, splits.test)[0]),
+        "active_units": active_units(codes(trained.model, test, settings.seed)[0]),
         **of_samples(samples, splits),
         "seconds": trained.seconds,
     }

@@ -42,7 +42,7 @@ def run(settings: Settings) -> Page:
         print(f"measuring {size} dimensions", flush=True)
         model, test = trained.model, training.DeviceDataset(splits.test, settings.device, "dynamic")
         some = training.DeviceDataset(splits.test[: settings.reduced(1000, least=100)], settings.device, "dynamic")
-        mu, logvar = codes(model, splits.test)
+        mu, logvar = codes(model, test, settings.seed)
         per_unit[size] = _kl_of_units(mu, logvar)
         images = drawn(model, settings.reduced(10_000, least=500), settings.seed)
         samples[f"{size} dimensions"] = images[:_SHOWN]

@@ -54,7 +54,7 @@ def run(settings: Settings) -> Page:
         for method, name in METHODS.items():
             print(f"{size} dimensions: {name}, {_CALLS} x {draws:,} draws for {len(images)} images", flush=True)
             weights[method] = _log_weights(settings, trained.model, images, method, draws)
-        references[size] = _reference(settings, trained.model, images, weights["importance"])
+        references[size] = _reference(settings, trained.model, images, draws)
         for method in METHODS:
             rows += [{"latent": size, **row} for row in _estimates(method, weights[method], draws, references[size][1])]
     gaps = {size: _gap(settings, trained.model, few, splits) for size, trained in models.items()}
@@ -69,10 +69,12 @@ def _binary(settings: Settings, images: Tensor) -> Tensor:
     return next(data.batches(len(data), seed=seed, shuffle=False))[0]
 
 
-def _log_weights(settings: Settings, model: VAE, images: Tensor, method: str, draws: int) -> Tensor:
+def _log_weights(
+    settings: Settings, model: VAE, images: Tensor, method: str, draws: int, first_call: int = 0
+) -> Tensor:
     """log p(x | z) p(z) / q(z) of each single draw: fp64 [N, draws of all calls]."""
     calls = []
-    for call in range(_CALLS):
+    for call in range(first_call, first_call + _CALLS):
         seed = derive_seed(settings.seed, call + 1)
         # One draw for each copy of an image: the estimate itself, for k = 1.
         rows = [
@@ -83,11 +85,13 @@ def _log_weights(settings: Settings, model: VAE, images: Tensor, method: str, dr
     return torch.cat(calls, 1).double().cpu()
 
 
-def _reference(settings: Settings, model: VAE, images: Tensor, weights: Tensor) -> tuple[str, Tensor, float]:
+def _reference(settings: Settings, model: VAE, images: Tensor, draws: int) -> tuple[str, Tensor, float]:
     """What is taken for log p(x) of each image: how it was come by, fp64 [N], and its error where that is known."""
     if model.latent_shape != (2,):
+        # Of the draws that are judged by it the error would be 0 by construction.
+        weights = _log_weights(settings, model, images, "importance", draws, first_call=_CALLS)
         values = weights.logsumexp(1) - math.log(weights.shape[1])
-        return f"importance weighting with all {weights.shape[1]:,} draws", values, math.nan
+        return f"importance weighting with {weights.shape[1]:,} draws of its own", values, math.nan
     print("2 dimensions: the integral", flush=True)
     values, coarse = _integral(model, images, 2 * settings.reduced(_POINTS // 2, least=50))
     return "the integral over a grid", values, float((values - coarse).abs().max())
@@ -210,7 +214,7 @@ def _page(
         one, other = at[size, plain, draws], at[size, weighted, draws]
         known = f"half as many points along each axis differ by at most {error:.1e}"
         if math.isnan(error):
-            known = "in expectation itself below log p(x)"
+            known = "in expectation itself below log p(x), which may be further off than what follows says"
         page.say(f"With {size} latent dimensions the reference is {float(values.mean()):.2f} nats: {how}, {known}.")
         page.say(
             f"From there, with {draws:,} draws, {plain} is off by {number(one['off'])} nats, {weighted} by "

@@ -41,7 +41,7 @@ def run(settings: Settings) -> Page:
         some = training.DeviceDataset(splits.test[: settings.reduced(1000, least=100)], settings.device, "dynamic")
         grid = model.manifold(_POINTS, _EXTENT).flatten(0, 1)
         save_panels({f"weight {weight:g}": grid}, _picture(settings, weight), columns=_POINTS)
-        mu, _ = codes(model, splits.test)
+        mu, _ = codes(model, test, settings.seed)
         means[f"weight {weight:g}"] = mu
         rows.append({
             "weight": f"{weight:g}", **bound(model, test, settings.seed),
@@ -70,7 +70,9 @@ def _probe(settings: Settings, model: Any, few: training.Splits, mu: Tensor, spl
         return None
     count = settings.reduced(10_000, least=500)
     chosen = torch.randperm(len(few.train), generator=torch.Generator().manual_seed(0))[:count]
-    return linear_probe(codes(model, few.train[chosen])[0], few.train_labels[chosen], mu, splits.test_labels)
+    train = training.DeviceDataset(few.train[chosen], settings.device, "dynamic")
+    found = codes(model, train, settings.seed)[0]
+    return linear_probe(found, few.train_labels[chosen], mu, splits.test_labels)
 
 
 def _scatter(means: dict[str, Tensor], labels: Tensor | None, path: Path) -> None:

@@ -87,15 +87,19 @@ def log_likelihood(model: VAE, data: training.DeviceDataset, k: int, seed: int) 
 
 
 @torch.no_grad()
-def codes(model: LatentImageModel, images: Tensor) -> tuple[Tensor, ...]:
+def codes(model: LatentImageModel, images: Tensor | training.DeviceDataset, seed: int = 0) -> tuple[Tensor, ...]:
     """What the encoder says of uint8 images: (code,) of an autoencoder, (mu, logvar) of a VAE, each [N, L] on the CPU.
+
+    Of a `DeviceDataset` its pixels as `bound` has them with that seed, binarized as it says.
 
     Example:
         >>> mu, logvar = codes(VAE(latent_dim=2), training.load_dataset("digits").test)
         >>> mu.shape
         torch.Size([1000, 2])
     """
-    pieces = [model.encode(batch.to(model.device)) for batch in images.split(_BATCH_SIZE)]
+    whole = isinstance(images, Tensor)
+    batches = images.split(_BATCH_SIZE) if whole else (batch for batch, _, _ in _batches(images, seed))
+    pieces = [model.encode(batch.to(model.device)) for batch in batches]
     heads = [piece if isinstance(piece, tuple) else (piece,) for piece in pieces]
     return tuple(torch.cat([head.flatten(1).cpu() for head in parts]) for parts in zip(*heads, strict=True))
 

@@ -30,6 +30,8 @@ def test_it_finishes_in_seconds(tmp_path, capsys):
     assert set(bits) == {"flow", "DDPM"}
     assert bits["flow"]["data"] == bits["DDPM"]["data"] != found["VAE"]["elbo"]["data"]
     assert {"elbo", "iwae"} <= set(found["VAE"])
+    assert (bits["flow"]["steps"], bits["DDPM"]["steps"]) == (None, 50)
+    assert any("flow: upper bound; DDPM: upper bound in 50 steps" in said for said in page.statements)
     html = (tmp_path / "report.html").read_text()
     assert DEFINITIONS["frechet_distance"].title in html
     assert all(f">{name}</a>" in html for name in NAMES)
@@ -44,16 +46,16 @@ def measured(**changes):
     return {**found, **changes}
 
 
-def bits(value, data="pixels of 256 grey levels"):
-    return Likelihood(about(value), "bits_per_dim", "upper", "bits per dimension", data)
+def bits(value, data="pixels of 256 grey levels", steps=None):
+    return Likelihood(about(value), "bits_per_dim", "upper", "bits per dimension", data, steps=steps)
 
 
-def page(tmp_path, found, **history):
-    settings = few(tmp_path, budget=1.0)
+def page(tmp_path, found, data="digits", **history):
+    settings = few(tmp_path, budget=60.0)
     models = {
         name: Trained(AutoEncoder(), history.get(name, [{"epoch": 3}]), tmp_path, 10.0, {}) for name in found
     }  # fmt: skip
-    return compare._page(settings, settings.load(), models, found)
+    return compare._page(settings, settings.load()._replace(name=data), models, found)
 
 
 def test_the_page_says_what_its_numbers_say(tmp_path):
@@ -61,22 +63,26 @@ def test_the_page_says_what_its_numbers_say(tmp_path):
         "AE": measured(frechet_distance=about(50.0), linear_probe=about(0.95, 0.01), coverage=Estimate(7.0)),
         "VAE": measured(linear_probe=about(0.9, 0.01), memorisation=about(0.8, 0.05), elbo=bits(2.0, "grey pixels")),
         "flow": measured(frechet_distance=about(9.9), bits_per_dim=bits(2.0)),
-        "DDPM": measured(bits_per_dim=bits(1.0), precision=about(0.9)),
+        "DDPM": measured(bits_per_dim=bits(1.0, steps=50), precision=about(0.9)),
     }  # fmt: skip
     made = page(tmp_path, found, DDPM=[{"epoch": 2, "warning": "it diverges"}])
     said = "\n".join(made.statements)
     assert "flow (9.90 [9.80, 10.00]); not told apart from it: VAE, DDPM" in said
     assert "Best precision: DDPM (0.90 [0.80, 1.00])." in said
-    assert "Best recall: AE (0.50 [0.40, 0.60]); not told apart from it: VAE, flow, DDPM." in said
+    assert "By recall no two models are told apart: AE 0.50 [0.40, 0.60], VAE 0.50 [0.40, 0.60], flow" in said
+    assert "Each had 12 seconds, including evaluations; of these 10 to 10 went into training." in said
     assert "4% of the samples or more: VAE, flow, DDPM. Fewer: AE (7)." in said
     assert "(ratio below 1): VAE 0.80" in said
-    assert "Of pixels of 256 grey levels: flow 2.00 [1.90, 2.10] bits per dimension, above DDPM" in said
+    assert "Of pixels of 256 grey levels: flow 2.00 [1.90, 2.10] bits per dimension, above DDPM 1.00 [0.90, 1.10] bits per " in said
+    assert "(flow: upper bound; DDPM: upper bound in 50 steps)." in said
     assert "AE 0.950 [0.940, 0.960], above VAE 0.900 [0.890, 0.910]" in said
     assert "DDPM: after 1 of 1 epochs `fit` warned, last of 'it diverges'." in said
     (tmp_path / "samples.png").touch()
     made.write(tmp_path / "page")
     columns = (tmp_path / "page" / "models.csv").read_text().splitlines()[0]
-    assert columns.count("256 grey levels") == 4
+    # Of the flow and of DDPM's bound in 50 steps, with bounds and sizes.
+    assert columns.count("256 grey levels") == 8
+    assert columns.count("in 50 steps") == 4
     assert columns.count("grey pixels") == 4
 
 
@@ -96,3 +102,24 @@ def test_and_what_other_numbers_say(tmp_path):
     assert "flow 1.05 [0.95, 1.15] bits per dimension, not told apart from DDPM" in "\n".join(
         page(tmp_path, found).statements
     )
+
+
+def test_bounds_in_different_numbers_of_steps_are_not_compared(tmp_path):
+    found = {name: measured(bits_per_dim=bits(1.0, steps=steps)) for name, steps in (("few", 10), ("many", 20))}
+    assert not any("Of pixels" in said for said in page(tmp_path, found).statements)
+    found["many"]["bits_per_dim"] = bits(2.0, steps=10)
+    assert any("few 1.00 [0.90, 1.10] bits per dimension, below many" in said for said in page(tmp_path, found).statements)
+
+
+def test_features_of_digits_are_named_where_the_images_are_no_digits(tmp_path):
+    found = {"AE": measured(frechet_distance=about(50.0)), "VAE": measured(recall=about(0.9))}
+    (tmp_path / "samples.png").touch()
+    for data, count in (("fashion-mnist", 3), ("digits", 0)):
+        made = page(tmp_path, found, data=data)
+        assert sum("in features made for digits" in said for said in made.statements) == count
+        made.write(tmp_path / data)
+        (headings,) = [
+            line for line in (tmp_path / data / "README.md").read_text().splitlines()
+            if line.startswith("| model | Fréchet")
+        ]  # fmt: skip
+        assert headings.count("in features made for digits") == count

@@ -53,6 +53,14 @@ def test_codes_are_what_encode_says(model, digits):
     assert code.shape == (1000, 2)
 
 
+def test_codes_of_a_data_set_are_of_the_pixels_that_the_bound_is_of(model, digits):
+    data = training.DeviceDataset(digits.test, binarize="dynamic")
+    mu, logvar = (part.double() for part in codes(model, data, seed=4))
+    kl = float((0.5 * (mu.square() + logvar.exp() - 1 - logvar)).sum(1).mean())
+    assert bound(model, data, seed=4)["kl"].value == pytest.approx(kl, rel=1e-5)
+    assert not torch.allclose(mu, codes(model, digits.test)[0].double(), rtol=1e-3, atol=1e-3)
+
+
 def test_the_squared_error_is_per_pixel(digits):
     model = AutoEncoder(latent_dim=2, hidden_dims=(4,))
     with torch.no_grad():

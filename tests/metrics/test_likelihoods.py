@@ -77,7 +77,7 @@ def test_bounds_in_different_numbers_of_steps_do_not_compare(images):
 
 
 def test_a_continuous_schedule_counts_its_own_steps(images):
-    model = DDPM(image_shape=SHAPE, preset="tiny", schedule="cosine_vp")
+    model = DDPM(image_shape=SHAPE, preset="tiny", schedule="edm")
     assert likelihood(model, images[:2]).steps == 50
 
 
