@@ -477,7 +477,7 @@ def evaluate(
     if binarize == "none" and bernoulli and "log_likelihood" in result:
         print("The pixels are grey: under a Bernoulli these nats compare with no others than such of grey pixels.")
     if metrics:
-        result["metrics"] = _metrics(model, splits, test_data, values, samples or _SAMPLES, seed)
+        result["metrics"] = _metrics(model, splits, test_data, values, samples or _SAMPLES, seed, result.get("steps"))
     # After the printing: a folder that cannot be written loses nothing.
     with replacing(run / "evaluation.json") as temporary:
         temporary.write_text(json.dumps(result, indent=2) + "\n")
@@ -617,8 +617,9 @@ def _metrics(
     values: dict[int | None, Tensor],
     samples: int,
     seed: int,
+    steps: int | None,
 ) -> dict[str, Any]:
-    """Measure and print; what JSON can hold. `values`: of the likelihood, by the draws for each image."""
+    """Measure and print; what JSON can hold. `values`: of the likelihood, by the draws for each image; in `steps`."""
     options, calls = {}, nullcontext()
     if isinstance(model, DDPM):
         options = model.quick_sampling()
@@ -630,9 +631,9 @@ def _metrics(
         measured = evaluate_model(model, splits, samples=samples, binarize=test_data.binarize, seed=seed, **options)
     found: dict[str, Estimate | Likelihood] = dict(measured)
     if _takes(model, "log_prob", "k"):
-        found["elbo"] = likelihood(model, test_data, seed=seed)
+        found["elbo"] = likelihood(model, test_data, seed=seed, dataset=splits.name)
     for k, each in values.items():
-        described = describe(model, each, test_data.binarize, k)
+        described = describe(model, each, test_data.binarize, k, steps, splits.name)
         found[described.kind] = described
     for name, value in found.items():
         size = f"  n = {value.n:,}" if isinstance(value, Estimate) and value.n else ""

@@ -43,7 +43,7 @@ def test_a_vae_of_digits(capsys, tmp_path):
     assert found["elbo"]["value"] == pytest.approx(result["elbo"], rel=1e-5)
     assert found["iwae"]["value"] == pytest.approx(result["log_likelihood"], rel=1e-6)
     data = DeviceDataset(load_dataset("digits").test[:30], binarize="threshold")
-    bound = likelihood(registry.load(tmp_path), data, k=5)
+    bound = likelihood(registry.load(tmp_path), data, k=5, dataset="digits")
     assert Likelihood.from_dict(found["iwae"]).column == bound.column
     assert found["iwae"]["value"] == pytest.approx(bound.estimate.value, rel=1e-6)
 

@@ -147,8 +147,9 @@ def _facts(name: str, settings: Settings) -> dict[str, str]:
         facts["Intervals"] = "95%, by the central limit theorem, over the images that were measured"
         return facts
     facts["Intervals"] = (
-        "95%, by a bootstrap over the images that were evaluated. Two numbers are told apart where their intervals do "
-        "not meet, or, of the same images, where that of their difference is without 0; intervals may then overlap. "
+        "95%, by a bootstrap over the images that were evaluated, of shares Wilson's. Two numbers are told apart where "
+        "their intervals do not meet, or, of the same images, where that of their difference is without 0; intervals "
+        "may then overlap. "
         "There is one training of each model (one seed), so they do not hold the spread between trainings"
     )
     return facts

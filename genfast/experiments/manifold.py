@@ -15,7 +15,7 @@ from genfast.experiments.base import Page, Settings, best, equal_epochs, train_r
 from genfast.experiments.figures import save_panels
 from genfast.experiments.measures import ABOUT_LIKELIHOODS, are_digits, bound, codes, headings, log_likelihood
 from genfast.metrics import active_units, class_shares, confidence, linear_probe
-from genfast.metrics.estimate import of_mean
+from genfast.metrics.estimate import of_share
 
 WEIGHTS = (1.0, 5.0, 10.0, 40.0)
 _EXTENT, _POINTS = 4.0, 16
@@ -46,7 +46,7 @@ def run(settings: Settings) -> Page:
         rows.append({
             "weight": f"{weight:g}", **bound(model, test, settings.seed),
             "log_likelihood": log_likelihood(model, some, k, settings.seed), "active_units": active_units(mu),
-            "inside": of_mean((mu.abs() <= _EXTENT).all(1).double(), 0.0, 1.0),
+            "inside": of_share((mu.abs() <= _EXTENT).all(1)),
             "spread": float(mu.double().var(0).mean().sqrt()), **_of_grid(grid, splits),
             "linear_probe": _probe(settings, model, options["splits"], mu, splits), "seconds": trained.seconds,
         })  # fmt: skip
