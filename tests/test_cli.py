@@ -186,7 +186,7 @@ def test_an_error_through_the_real_command(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["train", "gan"], "unknown model family 'gan': expected one of vae, ae"),
+        (["train", "ebm"], "unknown model family 'ebm': expected one of vae, ae"),
         (["train"], "family"),
         (["train", "vae", "--nonesuch"], "--nonesuch"),
         (["train", "vae", "--epochs", "0"], "--epochs"),
@@ -299,8 +299,8 @@ def damage_of_another_model(folder):
 
 
 def damage_of_an_unknown_class(folder):
-    (folder / "config.json").write_text('{"model_type": "GAN"}')
-    return "unknown model_type 'GAN'"
+    (folder / "config.json").write_text('{"model_type": "EBM"}')
+    return "unknown model_type 'EBM'"
 
 
 def damage_pickled(folder):
