@@ -108,8 +108,8 @@ def _page(
     spent = f"{number(min(seconds))} to {number(max(seconds))}"
     passes = ", ".join(f"{name} {trained.epochs:.3g}" for name, trained in models.items())
     page.say(
-        f"Each had {number(settings.budget / len(_MODELS))} seconds, including evaluations; of these {spent} went into "
-        f"training. In that time each went through the images so many times: {passes}."
+        f"Each was stopped after {number(settings.budget / len(_MODELS))} seconds, evaluations included, at the next "
+        f"look at the clock; its training took {spent}. It went through the images so many times: {passes}."
     )
     _say_of_samples(page, by, are_digits(splits))
     _say_of_likelihoods(page, measured)
