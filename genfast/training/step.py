@@ -308,7 +308,7 @@ class TrainStep:
             values["loss"] = torch.stack([parts["loss"] for parts, _, _ in taken]).sum()
             values["grad_norm"] = torch.stack([parts["grad_norm"] for parts, _, _ in taken]).norm()
         accepted = reduce(torch.logical_and, [accepted for _, accepted, _ in taken])
-        with torch.no_grad(), profiling.range("optimizer"):
+        with torch.no_grad():
             if self.ema is not None:
                 # Counted are the updates of what is averaged.
                 moved = not self._takes_turns or any(self.ema.averages(self.model.turn_parameters(t)) for t in turns)
