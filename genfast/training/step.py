@@ -312,7 +312,7 @@ class TrainStep:
             if self.ema is not None:
                 # Counted are the updates of what is averaged.
                 moved = not self._takes_turns or any(self.ema.averages(self.model.turn_parameters(t)) for t in turns)
-                self.ema.update(accepted & moved)
+                self.ema.update(accepted if moved else torch.zeros_like(accepted))
             finite = reduce(torch.logical_and, [finite for _, _, finite in taken])
             self._account("+".join(turns), values, len(batch), accepted, finite)
         return values
@@ -486,7 +486,7 @@ class TrainStep:
         if self.ema is not None:
             tensors["ema_updates"] = self.ema.updates
         scheduler = None if self.scheduler is None else _without_tensors(self.scheduler.state_dict())
-        return tensors, {"names": self._names, "scheduler": scheduler}
+        return tensors, {"names": dict(self._names), "scheduler": scheduler}
 
     def load_state(self, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
         """Take over what `state` gave. Before the first step."""
@@ -497,8 +497,14 @@ class TrainStep:
         self._steps = int(tensors["taken"])
         # Checkpoints of before there were turns have a list.
         names = rest["names"] if isinstance(rest["names"], Mapping) else {"": rest["names"]} if rest["names"] else {}
-        self._names = {turns: list(names) for turns, names in names.items()}
-        self._sums = {turns: tensors[f"sums{turns}"].to(self.device, copy=True) for turns in self._names}
+        self._names |= {turns: list(names) for turns, names in names.items()}
+        for sums in self._sums.values():
+            sums.zero_()
+        for turns in names:
+            if turns not in self._sums:
+                self._sums[turns] = torch.zeros_like(tensors[f"sums{turns}"], device=self.device)
+            # In place: a graph that runs goes on writing to them.
+            self._sums[turns].copy_(tensors[f"sums{turns}"])
         if distributed.ranks()[0] > 0:
             # They are of all processes: rank 0 carries them on.
             for sums in self._sums.values():

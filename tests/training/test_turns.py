@@ -156,6 +156,22 @@ def test_a_checkpoint_of_before_there_were_turns_goes_on():
     assert again.means() == step.means()
 
 
+def test_a_state_is_taken_up_where_a_graph_would_go_on_writing():
+    model = Duel()
+    step = TrainStep(model, adam(model))
+    step(batches(1)[0], seed=0)
+    begun = {turns: sums.clone() for turns, sums in step._sums.items()}
+    tensors, rest = step.state()
+    for i, x in enumerate(batches(3)[1:], start=1):
+        step(x, seed=i)
+    held = dict(step._sums)
+    assert len(held) == 3
+    step.load_state({name: tensor.clone() for name, tensor in tensors.items()}, rest)
+    for turns, sums in held.items():
+        assert step._sums[turns] is sums
+        assert torch.equal(sums, begun.get(turns, torch.zeros_like(sums)))
+
+
 def test_plain_optimizers_too():
     model = Duel()
     other = copy.deepcopy(model)
