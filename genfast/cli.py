@@ -24,7 +24,7 @@ import genfast
 from genfast import pictures, random, report, schedules, training
 from genfast._files import replacing
 from genfast.bench import cli as bench
-from genfast.metrics import Estimate, Likelihood, evaluate_model, frechet, likelihood
+from genfast.metrics import Estimate, Likelihood, evaluate_model, frechet, likelihood, load_inception
 from genfast.metrics.likelihoods import describe
 from genfast.metrics.models import BATCH_SIZE
 from genfast.models import registry
@@ -82,6 +82,9 @@ Data = Annotated[str | None, typer.Option(help=f"{', '.join(training.DATASETS)} 
 DataRoot = Annotated[Path | None, typer.Option(help="Where the named sets lie; else GENFAST_DATA, else a cache.")]
 ImageSize = Annotated[int | None, typer.Option(min=1, help="Scale and crop all images to this height and width.")]
 Binarize = Annotated[str | None, typer.Option(help="none, threshold or dynamic (drawn anew each epoch).")]
+Inception = Annotated[
+    str | None, typer.Option(help="Measure FID too: a file with torch-fidelity's weights, or download.", metavar="FILE")
+]
 Run = Annotated[Path, typer.Argument(help="Folder of a run, as train writes it.", show_default=False)]
 
 
@@ -432,6 +435,7 @@ def evaluate(
     samples: Annotated[
         int | None, typer.Option(min=4, help=f"Of --metrics: how many are drawn. Default: {_SAMPLES:,}.")
     ] = None,
+    inception: Inception = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 128,
     seed: Annotated[int, typer.Option(callback=_seed, help="Of the noise.")] = 0,
     device: Device = "auto",
@@ -446,7 +450,10 @@ def evaluate(
         frechet.check_installed()
     elif samples is not None:
         raise ValueError(f"--samples: expected together with --metrics, got {samples} alone")
+    elif inception is not None:
+        raise ValueError(f"--inception: expected together with --metrics, got {inception!r} alone")
     where = _device(device)
+    network = _inception(inception, where)
     model = _load(run).to(where).eval()
     for name, method, value in (("k", "log_prob", k), ("steps", "bits_per_dim", steps)):
         if value is not None and not _takes(model, method, name):
@@ -477,7 +484,8 @@ def evaluate(
     if binarize == "none" and bernoulli and "log_likelihood" in result:
         print("The pixels are grey: under a Bernoulli these nats compare with no others than such of grey pixels.")
     if metrics:
-        result["metrics"] = _metrics(model, splits, test_data, values, samples or _SAMPLES, seed, result.get("steps"))
+        steps = result.get("steps")
+        result["metrics"] = _metrics(model, splits, test_data, values, samples or _SAMPLES, seed, steps, network)
     # After the printing: a folder that cannot be written loses nothing.
     with replacing(run / "evaluation.json") as temporary:
         temporary.write_text(json.dumps(result, indent=2) + "\n")
@@ -492,6 +500,7 @@ def experiment(
     budget: Annotated[
         float | None, typer.Option(help="Minutes of training, of all its models together. Default: its own.")
     ] = None,
+    inception: Inception = None,
     seed: Annotated[int, typer.Option(callback=_seed, help="Of initial weights, order and noise.")] = 0,
     device: Device = "auto",
     out: Annotated[Path | None, typer.Option(help="Folder of its page and runs; default: experiments/NAME.")] = None,
@@ -514,7 +523,8 @@ def experiment(
     where = str(_device(device))
     out = out or Path("experiments") / name
     settings = Settings(
-        out, 60 * budget, data=_source(data), data_root=data_root, image_size=image_size, seed=seed, device=where
+        out, 60 * budget, data=_source(data), data_root=data_root, image_size=image_size, seed=seed, device=where,
+        inception=inception,
     )
     try:
         page = run_experiment(name, settings, overwrite)
@@ -604,6 +614,11 @@ def _takes(model: torch.nn.Module, method: str, argument: str) -> bool:
     return hasattr(model, method) and argument in inspect.signature(getattr(model, method)).parameters
 
 
+def _inception(weights: str | None, device: torch.device) -> torch.nn.Module | None:
+    """Now rather than after the minutes that the rest takes."""
+    return None if weights is None else load_inception(weights, device)
+
+
 def _load(run: Path) -> torch.nn.Module:
     if not run.is_dir():
         raise ValueError(f"RUN: expected the folder of a run, got {run}")
@@ -618,6 +633,7 @@ def _metrics(
     samples: int,
     seed: int,
     steps: int | None,
+    inception: torch.nn.Module | None,
 ) -> dict[str, Any]:
     """Measure and print; what JSON can hold. `values`: of the likelihood, by the draws for each image; in `steps`."""
     options, calls = {}, nullcontext()
@@ -628,7 +644,9 @@ def _metrics(
     with calls, warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = lambda message, *_: print(message)
-        measured = evaluate_model(model, splits, samples=samples, binarize=test_data.binarize, seed=seed, **options)
+        measured = evaluate_model(
+            model, splits, samples=samples, binarize=test_data.binarize, seed=seed, inception=inception, **options
+        )
     found: dict[str, Estimate | Likelihood] = dict(measured)
     if _takes(model, "log_prob", "k"):
         found["elbo"] = likelihood(model, test_data, seed=seed, dataset=splits.name)

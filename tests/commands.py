@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
+import torch
 from PIL import Image
 
 from genfast.__main__ import main
@@ -30,6 +33,25 @@ def contents(folder):
 
 def names(folder):
     return {path.name for path in folder.iterdir()}
+
+
+def rows_of(run):
+    """The epochs of a run, as `metrics.jsonl` has them."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def pixels(path):
+    return torch.from_numpy(np.array(Image.open(path)))
+
+
+def tiles(path, rows, columns, side=8, gap=2):
+    """The images [rows, columns, H, W] of a grid of grey ones; above it there may be headings."""
+    scale = 56 // side
+    picture = pixels(path)[-scale * (rows * (side + gap) + gap) :]
+    assert picture.shape == (scale * (rows * (side + gap) + gap), scale * (columns * (side + gap) + gap))
+    picture = picture[scale // 2 :: scale, scale // 2 :: scale][gap:, gap:]
+    picture = picture.unflatten(0, (rows, side + gap)).unflatten(2, (columns, side + gap))
+    return picture[:, :side, :, :side].transpose(1, 2)
 
 
 def write_images(folder, count=12, size=(28, 28)):

@@ -37,6 +37,25 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(scope="session")
+def inception_weights(tmp_path_factory):
+    """A file of weights as torch-fidelity reads them: of the real network, but never trained."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save({}, path)
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, weights: None)
+        network = FeatureExtractorInceptionV3("inception", ["2048"], str(path))
+    for parameter in network.parameters():
+        if parameter.ndim == 4:
+            # What is seen must reach the last features.
+            torch.nn.init.kaiming_normal_(parameter)
+    torch.save(network.state_dict(), path)
+    return path
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A class with `cases` runs each test that asks for a `case` once for each; `graded`: those with gradients."""
     if metafunc.cls is None or not hasattr(metafunc.cls, "cases"):

@@ -18,7 +18,7 @@ import genfast
 from genfast.__main__ import main
 from genfast.models import VAE, AutoEncoder, registry
 from genfast.training import Checkpoints
-from tests.commands import contents, fails, names, succeeds, write_images
+from tests.commands import contents, fails, names, rows_of, succeeds, write_images
 from tests.stopping import calls_in_steps, full_disk
 
 COMMAND = [sys.executable, "-m", "genfast"]
@@ -60,7 +60,7 @@ def test_train_writes_everything(run):
     assert [line.split("  ")[0] for line in lines[1:3]] == ["epoch 1/2", "epoch 2/2"]
     assert "test elbo" in lines[2]
     assert lines[-1] == "finished: runs/vae-digits"
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = rows_of(folder)
     assert [row["epoch"] for row in rows] == [1, 2]
     assert rows[1]["test_elbo"] > rows[0]["test_elbo"]
     settings = json.loads((folder / "run.json").read_text())
@@ -460,16 +460,15 @@ def status_of(folder):
     return json.loads((folder / "run.json").read_text())["status"]
 
 
-def rows_of(folder):
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def untimed_rows_of(folder):
     times = ("seconds", "images_per_second")
-    return [{name: value for name, value in row.items() if name not in times} for row in rows]
+    return [{name: value for name, value in row.items() if name not in times} for row in rows_of(folder)]
 
 
 def assert_same_run(one, other):
     for name in MODEL:
         assert (one / name).read_bytes() == (other / name).read_bytes()
-    assert rows_of(one) == rows_of(other)
+    assert untimed_rows_of(one) == untimed_rows_of(other)
 
 
 class Killed(BaseException):
@@ -558,7 +557,7 @@ def test_ctrl_c_within_the_first_epoch_leaves_a_usable_run(capsys, tmp_path, in_
     assert printed.err == ""
     assert names(tmp_path) == {"samples.png", "reconstructions.png", "interpolation.png"} | MODEL | RECORDS
     assert status_of(tmp_path) == "interrupted"
-    assert rows_of(tmp_path) == []
+    assert untimed_rows_of(tmp_path) == []
     score = genfast.training.evaluate(registry.load(tmp_path), genfast.training.load_dataset("digits").test)["loss"]
     assert score < 600
 
@@ -648,13 +647,13 @@ def test_resume_refuses_what_is_no_run_of_that_family(capsys, finished, tmp_path
 def test_how_a_resumed_run_goes_on_may_be_given_anew(capsys, copied, tiny, tmp_path):
     options = ("--epochs", 5, "--micro-batches", 2, "--mode", "eager", "--keep", 1, "--evaluate-every", 1)
     succeeds(capsys, "train", "vae", "--resume", "--out", copied, *options, "--checkpoint-every", 3, "--patience", 9)
-    assert [row["epoch"] for row in rows_of(copied)] == [1, 2, 3, 4, 5]
+    assert [row["epoch"] for row in untimed_rows_of(copied)] == [1, 2, 3, 4, 5]
     assert Checkpoints(copied / "checkpoints").steps()[-1] == 20
     assert json.loads((copied / "run.json").read_text())["epochs"] == 5
     succeeds(capsys, *train(tiny, tmp_path / "whole", "--epochs", 5, "--latent-dim", 2))
-    expected = [row["loss"] for row in rows_of(tmp_path / "whole")]
-    assert [row["loss"] for row in rows_of(copied)] == pytest.approx(expected, rel=1e-5)
-    assert all("test_loss" in row for row in rows_of(copied)[2:])
+    expected = [row["loss"] for row in untimed_rows_of(tmp_path / "whole")]
+    assert [row["loss"] for row in untimed_rows_of(copied)] == pytest.approx(expected, rel=1e-5)
+    assert all("test_loss" in row for row in untimed_rows_of(copied)[2:])
 
 
 def test_a_finished_run_is_resumed_to_itself(capsys, copied):
@@ -670,7 +669,7 @@ def test_time_that_runs_out(capsys, tiny, tmp_path):
     printed = succeeds(capsys, *train(tiny, out, "--epochs", 2, "--time", 1e-9))
     assert printed.splitlines()[-1] == f"out of time: {out}"
     assert status_of(out) == "out of time"
-    assert [row["epoch"] for row in rows_of(out)] == [0.25]
+    assert [row["epoch"] for row in untimed_rows_of(out)] == [0.25]
     assert registry.load(out).latent_dim == 20
     # Its limit was for that command alone.
     assert "finished" in succeeds(capsys, "train", "vae", "--resume", "--out", out)
@@ -685,14 +684,14 @@ STUCK = ("--epochs", 9, "--patience", 2, "--lr", 1e-20, "--keep", 1, "--evaluate
 def test_the_test_images_are_evaluated_so_seldom_that_it_costs_little(capsys, tiny, tmp_path):
     # 4 images to 36: fifteen times as many as 4 are seen in two epochs.
     succeeds(capsys, *train(tiny, tmp_path, "--epochs", 5))
-    assert [row["epoch"] for row in rows_of(tmp_path) if "test_loss" in row] == [2, 4, 5]
+    assert [row["epoch"] for row in untimed_rows_of(tmp_path) if "test_loss" in row] == [2, 4, 5]
 
 
 def test_patience_that_runs_out(capsys, tiny, tmp_path):
     printed = succeeds(capsys, *train(tiny, tmp_path, *STUCK))
     assert printed.splitlines()[-1] == f"stopped early: {tmp_path}"
     assert status_of(tmp_path) == "stopped early"
-    assert [row["epoch"] for row in rows_of(tmp_path)] == [1, 2, 3]
+    assert [row["epoch"] for row in untimed_rows_of(tmp_path)] == [1, 2, 3]
     assert Checkpoints(tmp_path / "checkpoints").steps() == [4, 12]
 
 
@@ -712,7 +711,7 @@ def test_the_averaged_weights_are_the_model(capsys, tiny, tmp_path, in_step):
 def test_fp16_and_micro_batches(capsys, tiny, tmp_path):
     for name, options in {"plain": (), "fp16": ("--amp", "fp16"), "micro": ("--micro-batches", 4)}.items():
         succeeds(capsys, *train(tiny, tmp_path / name, "--epochs", 2, *options))
-    plain, fp16, micro = (rows_of(tmp_path / name)[-1]["test_loss"] for name in ("plain", "fp16", "micro"))
+    plain, fp16, micro = (untimed_rows_of(tmp_path / name)[-1]["test_loss"] for name in ("plain", "fp16", "micro"))
     assert micro == pytest.approx(plain, rel=1e-5)
     assert fp16 == pytest.approx(plain, rel=1e-2)
     assert fp16 != plain
@@ -847,5 +846,5 @@ def test_under_torchrun_one_process_writes_and_speaks(tiny, capsys, tmp_path):
     folder = tmp_path / "runs" / "vae-images"
     assert names(folder) == PICTURES | MODEL | RECORDS | {"interpolation.png"}
     succeeds(capsys, "train", "vae", *options, "--out", tmp_path / "alone")
-    expected = [row["test_loss"] for row in rows_of(tmp_path / "alone")]
-    assert [row["test_loss"] for row in rows_of(folder)] == pytest.approx(expected, rel=1e-5)
+    expected = [row["test_loss"] for row in untimed_rows_of(tmp_path / "alone")]
+    assert [row["test_loss"] for row in untimed_rows_of(folder)] == pytest.approx(expected, rel=1e-5)

@@ -16,7 +16,7 @@ from genfast import report
 from genfast.models import DDPM, VAE, registry
 from genfast.schedules import EDM, RectifiedFlow
 from genfast.training import DeviceDataset, evaluation_seed, load_dataset
-from tests.commands import contents, fails, names, succeeds, write_images
+from tests.commands import contents, fails, names, pixels, rows_of, succeeds, tiles, write_images
 
 PICTURES = {"samples.png", "forward.png", "reverse.png", "curves.png"}
 FILES = PICTURES | {"config.json", "model.safetensors", "checkpoints", "run.json", "metrics.jsonl"}
@@ -58,20 +58,6 @@ def settings(folder):
     return json.loads((folder / "run.json").read_text())
 
 
-def pixels(path):
-    return torch.from_numpy(np.array(Image.open(path)))
-
-
-def tiles(path, rows, columns, side=8, gap=2):
-    """The images [rows, columns, H, W] of a grid of grey ones."""
-    scale = 56 // side
-    picture = pixels(path)[-scale * (rows * (side + gap) + gap) :]
-    assert picture.shape[1] == scale * (columns * (side + gap) + gap)
-    picture = picture[scale // 2 :: scale, scale // 2 :: scale][gap:, gap:]
-    picture = picture.unflatten(0, (rows, side + gap)).unflatten(2, (columns, side + gap))
-    return picture[:, :side, :, :side].transpose(1, 2)
-
-
 def held_out(data):
     return load_dataset(str(data)).test
 
@@ -83,7 +69,7 @@ def test_train_writes_everything(data, tmp_path, capsys):
     assert "elbo" not in "".join(printed)
     assert "test loss 1." in printed[2] or "test loss 0." in printed[2]
     assert printed[-2:] == ["drawing 64 images in 12 steps of ddim", f"finished: {folder}"]
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = rows_of(folder)
     assert {"loss", "test_loss", "grad_norm"} <= set(rows[-1])
     assert not {"nll", "kl", "test_elbo"} & set(rows[-1])
     model = registry.load(folder)

@@ -6,12 +6,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import genfast
 from genfast.models import VAE, FlowPlusPlus, Glow, RealNVP, registry
 from genfast.training import DeviceDataset, evaluation_seed, load_dataset
-from tests.commands import contents, fails, names, succeeds, write_images
+from tests.commands import contents, fails, names, rows_of, succeeds, tiles, write_images
 
 PICTURES = {"samples.png", "interpolation.png", "curves.png"}
 FILES = PICTURES | {"config.json", "model.safetensors", "checkpoints", "run.json", "metrics.jsonl"}
@@ -41,20 +40,6 @@ def copied(trained, tmp_path):
     return shutil.copytree(trained, tmp_path / "run")
 
 
-def rows(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def tiles(path, rows, columns, side=8, gap=2):
-    """The images [rows, columns, H, W] of a grid of grey ones."""
-    scale = 56 // side
-    picture = torch.from_numpy(np.array(Image.open(path)))
-    assert picture.shape == (scale * (rows * (side + gap) + gap), scale * (columns * (side + gap) + gap))
-    picture = picture[scale // 2 :: scale, scale // 2 :: scale][gap:, gap:]
-    picture = picture.unflatten(0, (rows, side + gap)).unflatten(2, (columns, side + gap))
-    return picture[:, :side, :, :side].transpose(1, 2)
-
-
 def held_out(data):
     return load_dataset(str(data)).test
 
@@ -69,7 +54,7 @@ def test_train_writes_everything(data, trained, tmp_path, capsys):
     assert contents(folder)[next(iter(folder.glob("samples.png"))).relative_to(folder)] == (
         (trained / "samples.png").read_bytes()
     )
-    history = rows(folder)
+    history = rows_of(folder)
     for row in history:
         assert {"loss", "bits_per_dim", "test_loss", "test_bits_per_dim", "test_inverse_error", "grad_norm"} <= set(row)
         assert row["test_bits_per_dim"] == pytest.approx(row["test_loss"] / (64 * np.log(2)))
@@ -152,8 +137,8 @@ def test_a_run_is_resumed_with_its_own_kind(data, tmp_path, capsys):
     succeeds(capsys, *again, "--epochs", 3)
     succeeds(capsys, *train(data, tmp_path / "whole", "--epochs", 3, *constant))
     assert (folder / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
-    assert [row["test_inverse_error"] for row in rows(folder)] == [
-        row["test_inverse_error"] for row in rows(tmp_path / "whole")
+    assert [row["test_inverse_error"] for row in rows_of(folder)] == [
+        row["test_inverse_error"] for row in rows_of(tmp_path / "whole")
     ]
 
 

@@ -3,14 +3,11 @@
 import json
 import shutil
 
-import numpy as np
 import pytest
-import torch
-from PIL import Image
 
 import genfast
 from genfast.models import GAN, registry
-from tests.commands import contents, fails, names, succeeds, write_images
+from tests.commands import contents, fails, names, rows_of, succeeds, tiles, write_images
 
 PICTURES = {"samples.png", "interpolation.png", "curves.png"}
 FILES = PICTURES | {"config.json", "model.safetensors", "checkpoints", "run.json", "metrics.jsonl"}
@@ -40,22 +37,9 @@ def copied(trained, tmp_path):
     return shutil.copytree(trained, tmp_path / "run")
 
 
-def rows(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def tiles(path, rows, columns, side=8, gap=2):
-    """The images [rows, columns, H, W] of a grid of grey ones."""
-    scale = 56 // side
-    picture = torch.from_numpy(np.array(Image.open(path)))
-    picture = picture[scale // 2 :: scale, scale // 2 :: scale][gap:, gap:]
-    picture = picture.unflatten(0, (rows, side + gap)).unflatten(2, (columns, side + gap))
-    return picture[:, :side, :, :side].transpose(1, 2)
-
-
 def test_train_writes_everything(trained):
     assert names(trained) == FILES
-    history = rows(trained)
+    history = rows_of(trained)
     assert {f"test_{part}" for part in ("loss", "d_loss", "g_loss", "d_real", "d_fake", "diversity")} <= set(
         history[-1]
     )
@@ -100,7 +84,7 @@ def test_options_reach_the_model(options, expected, data, tmp_path, capsys):
     gan = registry.load(folder)
     assert {name: getattr(gan, name) for name in expected} == expected
     part = "penalty" if expected["objective"] == "wgan-gp" else "r1"
-    assert part in rows(folder)[0]
+    assert part in rows_of(folder)[0]
     assert ("main.1.parametrizations.weight.original" in gan.discriminator.state_dict()) == (
         "--spectral-norm" in options
     )
@@ -122,7 +106,7 @@ def test_a_run_is_resumed(data, tmp_path, capsys):
     succeeds(capsys, *again, "--epochs", 3)
     succeeds(capsys, *train(data, tmp_path / "whole", *options, "--epochs", 3))
     assert (folder / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
-    assert len(rows(folder)) == 3
+    assert len(rows_of(folder)) == 3
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from genfast.__main__ import main
-from genfast.metrics import DEFINITIONS, Estimate, Likelihood, likelihood
+from genfast.metrics import DEFINITIONS, Estimate, Likelihood, inception_fid, likelihood, load_inception
 from genfast.models import DDPM, VAE, AutoEncoder, RealNVP, registry
 from genfast.training import DeviceDataset, load_dataset
-from tests.commands import fails, succeeds, write_images
+from tests.commands import contents, fails, succeeds, write_images
 
 OF_IMAGES = {"frechet_distance", "precision", "recall", "nearest_distance", "memorisation"}
 OF_DIGITS = OF_IMAGES | {"coverage", "entropy", "smallest_share", "confidence"}
@@ -74,6 +74,25 @@ def test_without_the_option_nothing_is_drawn(capsys, tmp_path, small):
     assert "metrics" not in written(tmp_path)
     expected = "error: --samples: expected together with --metrics, got 9 alone"
     assert fails(capsys, "evaluate", tmp_path, "--data", small, "--samples", 9) == expected
+
+
+def test_fid_is_measured_with_weights_of_ones_own(capsys, tmp_path, small, inception_weights):
+    model = AutoEncoder(latent_dim=2, hidden_dims=(8,), image_shape=(1, 8, 8))
+    model.save_pretrained(tmp_path)
+    command = ("evaluate", tmp_path, "--data", small, "--metrics", "--samples", 6, "--inception")
+    printed = succeeds(capsys, *command, inception_weights)
+    assert "inception_fid: 6 images and 8 images of the reference are few" in printed
+    found = Estimate.from_dict(written(tmp_path)["metrics"]["inception_fid"])
+    test = load_dataset(str(small)).test
+    with pytest.warns(UserWarning, match="inception_fid"):
+        expected = inception_fid(model.sample(6, seed=0), test, inception=load_inception(inception_weights))
+    assert found.value == pytest.approx(expected.value, rel=1e-4)
+    # Before anything is measured, and nothing of it is lost.
+    before = contents(tmp_path)
+    assert "weights of Inception, got '" in fails(capsys, *command, tmp_path / "none.pth")
+    expected = "error: --inception: expected together with --metrics, got 'download' alone"
+    assert fails(capsys, "evaluate", tmp_path, "--data", small, "--inception", "download") == expected
+    assert contents(tmp_path) == before
 
 
 def test_a_package_that_is_missing_is_told_at_once(capsys, tmp_path, small, monkeypatch):

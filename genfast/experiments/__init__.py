@@ -65,7 +65,9 @@ def run_experiment(name: str, settings: Settings, overwrite: bool = False) -> Pa
         The page, which has been written to ``out``.
 
     Raises:
-        ValueError: an unknown experiment, a budget out of range, or ``out`` holds something else.
+        ValueError: an unknown experiment, a budget out of range, ``inception`` where nothing asks for it, or ``out``
+            holds something else.
+        ImportError, OSError: as of `genfast.metrics.load_inception`.
         FloatingPointError: a training diverged.
         KeyboardInterrupt: SIGTERM or Ctrl-C.
 
@@ -78,6 +80,8 @@ def run_experiment(name: str, settings: Settings, overwrite: bool = False) -> Pa
         raise ValueError(f"experiment: expected one of {', '.join(EXPERIMENTS)}, got {name!r}")
     if not 0 < settings.budget < float("inf"):
         raise ValueError(f"budget: expected a positive number of minutes, got {settings.budget / 60:g}")
+    if settings.inception is not None and name != "compare":
+        raise ValueError(f"inception: expected with compare alone, got {settings.inception!r} with {name}")
     default = 60 * EXPERIMENTS[name].default_budget_minutes
     settings = replace(settings, portion=min(1.0, settings.budget / default))
     # Whatever is wrong with the data comes out here, before anything is written.
@@ -130,6 +134,8 @@ def _facts(name: str, settings: Settings) -> dict[str, str]:
     if settings.image_size is not None:
         words += ["--image-size", str(settings.image_size)]
     words += ["--budget", f"{settings.budget / 60:g}", "--seed", str(settings.seed)]
+    if settings.inception is not None:
+        words += ["--inception", settings.inception]
     facts = {"Command": f"`{shlex.join(words)}`"}
     trained = (settings.out / "runs").is_dir()
     budget = f"{settings.budget / 60:g} minutes for all models together" if trained else "nothing is trained"

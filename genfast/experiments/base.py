@@ -51,6 +51,7 @@ class Settings:
         data, data_root, image_size: as for `genfast.training.load_dataset`.
         seed: of initial weights, order and noise.
         device: where it computes.
+        inception: for "compare", what `genfast.metrics.load_inception` takes; without it there is no FID.
         portion: how much of its default budget the experiment has, at most 1.
 
     Example:
@@ -65,6 +66,7 @@ class Settings:
     image_size: int | None = None
     seed: int = 0
     device: str = "cpu"
+    inception: str | None = None
     portion: float = 1.0
 
     def load(self) -> training.Splits:
@@ -410,6 +412,7 @@ class Page:
         caption: str,
         columns: Sequence[str] | Mapping[str, str] | None = None,
         name: str | None = None,
+        transposed: bool = False,
     ) -> None:
         """A table, also written as NAME.csv with bounds and sample sizes in columns of their own.
 
@@ -418,6 +421,7 @@ class Page:
             caption: above it.
             columns: which, in this order, and their headings where they differ; those of the first row if None.
             name: of the CSV file; "table", "table-2", ... if None.
+            transposed: the page has a line for each column, for a table that is wider than a page; the CSV is as ever.
         """
         if not rows:
             raise ValueError("rows: expected at least one, got none")
@@ -430,8 +434,12 @@ class Page:
             raise ValueError(f"name: expected one of its own for each table, got {name!r} twice")
         self._tables[name] = ([dict(row) for row in rows], headings, caption)
         cells = [[_cell(row.get(column)) for column in headings] for row in rows]
-        numeric = [all(not isinstance(row.get(column), str) for row in rows) for column in headings]
-        lines = [headings.values(), ["--:" if right else "---" for right in numeric], *cells]
+        if transposed:
+            first, *others = zip(headings.values(), *cells, strict=True)
+            lines = [first, ["---", *["--:"] * len(rows)], *others]
+        else:
+            numeric = [all(not isinstance(row.get(column), str) for row in rows) for column in headings]
+            lines = [headings.values(), ["--:" if right else "---" for right in numeric], *cells]
         lines = ["| " + " | ".join(line) + " |" for line in lines]
         self._blocks.append(f"{caption} ([CSV]({name}.csv))\n\n" + "\n".join(lines) + "\n")
 

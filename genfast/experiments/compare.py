@@ -13,7 +13,7 @@ from genfast._files import replacing
 from genfast.experiments.base import Page, Settings, Trained, apart, best, number, train_run, versus
 from genfast.experiments.figures import save_panels
 from genfast.experiments.measures import are_digits, headings
-from genfast.metrics import DEFINITIONS, Estimate, Likelihood, comparable, evaluate_model, likelihood
+from genfast.metrics import DEFINITIONS, Estimate, Likelihood, comparable, evaluate_model, likelihood, load_inception
 from genfast.models import DDPM, VAE
 
 # Name of the model -> family, options of the model, and of its training where time alone ends it.
@@ -28,25 +28,27 @@ _SHOWN, _SAMPLES = 36, 2048
 # Of the likelihoods: images, a VAE's draws, and a diffusion model's steps.
 _SCORED, _DRAWS, _STEPS = 500, 100, 50
 _OF_SAMPLES = (
-    "frechet_distance", "precision", "recall", "coverage", "entropy", "smallest_share", "confidence",
-    "nearest_distance", "memorisation", "sampling_speed",
+    "frechet_distance", "inception_fid", "precision", "recall", "coverage", "entropy", "smallest_share",
+    "confidence", "nearest_distance", "memorisation", "sampling_speed",
 )  # fmt: skip
 # Taken in the features of the digit classifier, whatever the images are.
 _OF_FEATURES = ("frechet_distance", "precision", "recall")
 _NO_DIGITS = "in features made for digits"
-_OF_MODELS = ("linear_probe", "active_units", "parameters", "seconds")
+_OF_CODES = ("linear_probe", "active_units")
 
 
 def run(settings: Settings) -> Page:
     """Train a model of each family, measure all of them alike, and write the pictures and an HTML report."""
     splits = settings.load()
+    # Whatever is wrong with its weights comes out before the training.
+    inception = None if settings.inception is None else load_inception(settings.inception, settings.device)
     models: dict[str, Trained] = {}
     for name, (family, build_options, fit_options) in _MODELS.items():
         models[name] = train_run(
             settings, family, name, splits=splits, seconds=settings.budget / len(_MODELS),
             build_options=build_options, title=f"{name}, {splits.name}", **fit_options,
         )  # fmt: skip
-    measured = {name: _measured(settings, splits, name, trained) for name, trained in models.items()}
+    measured = {name: _measured(settings, splits, name, trained, inception) for name, trained in models.items()}
     images = {"test images": splits.test[:_SHOWN]}
     for name, trained in models.items():
         images[name] = trained.model.sample(_SHOWN, seed=settings.seed, **_sampling(trained))
@@ -60,14 +62,16 @@ def _sampling(trained: Trained) -> dict[str, Any]:
 
 
 def _measured(
-    settings: Settings, splits: training.Splits, name: str, trained: Trained
+    settings: Settings, splits: training.Splits, name: str, trained: Trained, inception: torch.nn.Module | None
 ) -> dict[str, Estimate | Likelihood]:
     """By the name of the metric; also written into the run's folder, as `genfast evaluate --metrics` does."""
     print(f"measuring {name}", flush=True)
     model = trained.model
     samples = settings.reduced(_SAMPLES, least=64)
     found: dict[str, Estimate | Likelihood] = dict(
-        evaluate_model(model, splits, samples=samples, seed=settings.seed, **_sampling(trained))
+        evaluate_model(
+            model, splits, samples=samples, seed=settings.seed, inception=inception, **_sampling(trained)
+        )
     )
     images = splits.test[: settings.reduced(_SCORED, least=16)]
     for options in _likelihoods(settings, model):
@@ -101,7 +105,7 @@ def _page(
     )
     by = {
         metric: {name: found[metric] for name, found in measured.items() if isinstance(found.get(metric), Estimate)}
-        for metric in (*_OF_SAMPLES, *_OF_MODELS)
+        for metric in (*_OF_SAMPLES, *_OF_CODES)
     }
     page.section("What was observed")
     seconds = [trained.seconds for trained in models.values()]
@@ -128,12 +132,12 @@ def _page(
         "Test images, and samples of each model; autoencoder and VAE: the decoder's means of draws from N(0, I).",
     )
     page.section("Numbers")
-    _tables(page, models, measured, by, are_digits(splits))
+    _table(page, models, measured, by, are_digits(splits))
     page.text(
         "Every metric is defined in `genfast.metrics.DEFINITIONS`. Of all models as many samples are drawn and "
         "compared with the test images; the autoencoder, which has no prior, is given codes from N(0, I). Diffusion "
         f"samples with {_STEPS} steps of DDIM, and its bound is that of {_STEPS} steps. A likelihood stands in one "
-        "column with another only where both are of the same treatment of the pixels, draws and steps; a Bernoulli of "
+        "line with another only where both are of the same treatment of the pixels, draws and steps; a Bernoulli of "
         "grey pixels has none, and its nats compare with nothing else. A bound in a number of steps is that of a model "
         "which samples in as many. Other sizes of the networks, or a longer training, may give another order."
     )
@@ -141,7 +145,7 @@ def _page(
 
 
 def _say_of_samples(page: Page, by: dict[str, dict[str, Estimate]], digits: bool) -> None:
-    for metric in ("frechet_distance", "precision", "recall", "confidence", "sampling_speed"):
+    for metric in ("frechet_distance", "inception_fid", "precision", "recall", "confidence", "sampling_speed"):
         what, values = DEFINITIONS[metric], by[metric]
         title = what.title if digits or metric not in _OF_FEATURES else f"{what.title} ({_NO_DIGITS})"
         if values and all(value.value == 0 for value in values.values()):
@@ -186,7 +190,7 @@ def _bound(value: Likelihood) -> str:
     return text if value.steps is None else f"{text} in {value.steps:,} steps"
 
 
-def _tables(
+def _table(
     page: Page, models: dict[str, Trained], measured: dict[str, dict[str, Estimate | Likelihood]],
     by: dict[str, dict[str, Estimate]], digits: bool,
 ) -> None:  # fmt: skip
@@ -195,22 +199,27 @@ def _tables(
     for name, trained in models.items():
         rows[name] = {"model": name, "seconds": trained.seconds, "epochs": trained.epochs}
         rows[name]["parameters"] = int(measured[name]["parameters"].value)
-        for metric in (*_OF_SAMPLES, "linear_probe", "active_units"):
+        for metric in (*_OF_SAMPLES, *_OF_CODES):
             rows[name][metric] = measured[name].get(metric)
         for value in measured[name].values():
             if isinstance(value, Likelihood):
                 rows[name][value.column] = value.estimate
                 likelihoods[value.column] = value.column
-    known = headings(*(metric for metric in _OF_SAMPLES if by[metric]))
+    known = headings("seconds", "parameters", *(metric for metric in (*_OF_SAMPLES, *_OF_CODES) if by[metric]))
     if not digits:
         known |= {metric: f"{known[metric]}, {_NO_DIGITS}" for metric in _OF_FEATURES if metric in known}
-    page.table(
-        list(rows.values()), "The samples of all models, measured alike.",
-        {"model": "model", **known}, name="samples",
-    )  # fmt: skip
-    others = [metric for metric in ("linear_probe", "active_units") if by[metric]]
+    columns = {**known, **likelihoods}
+    for metric in columns:
+        columns[metric] += _sizes([row.get(metric) for row in rows.values()])
     page.table(
         list(rows.values()), "The models. What a family has not is not measured.",
-        {"model": "model", "epochs": "epochs", **headings("seconds", "parameters", *others), **likelihoods},
-        name="models",
+        {"model": "model", "epochs": "epochs", **columns}, name="models", transposed=True,
     )  # fmt: skip
+
+
+def _sizes(values: list[Any]) -> str:
+    """Of how many images the numbers of a line are."""
+    sizes = sorted({value.n for value in values if isinstance(value, Estimate) and value.n})
+    if not sizes:
+        return ""
+    return f" (n = {sizes[0]:,})" if len(sizes) == 1 else f" (n = {sizes[0]:,} to {sizes[-1]:,})"

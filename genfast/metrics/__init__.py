@@ -5,7 +5,7 @@ from genfast.metrics.classifier import DigitClassifier, classifier_record, load_
 from genfast.metrics.codes import active_units, linear_probe
 from genfast.metrics.definitions import DEFINITIONS, Definition
 from genfast.metrics.estimate import Estimate
-from genfast.metrics.frechet import frechet_distance, inception_fid
+from genfast.metrics.frechet import frechet_distance, inception_fid, load_inception
 from genfast.metrics.likelihoods import Likelihood, comparable, likelihood
 from genfast.metrics.models import are_digits, evaluate_model
 from genfast.metrics.neighbours import memorisation, nearest_neighbour_distance, precision_recall
@@ -32,6 +32,7 @@ __all__ = [
     "likelihood",
     "linear_probe",
     "load_classifier",
+    "load_inception",
     "memorisation",
     "nearest_neighbour_distance",
     "precision_recall",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from genfast.metrics.classifier import DigitClassifier, features_and_logits
-from genfast.metrics.estimate import Estimate, of_mean, of_shares
+from genfast.metrics.estimate import Estimate, of_known_share, of_mean, of_shares
 
 __all__ = ["class_coverage", "class_shares", "confidence"]
 
@@ -97,10 +98,15 @@ def coverage_of_logits(logits: Tensor, min_share: float = 0.04) -> dict[str, Est
     def smallest(shares: Tensor) -> Tensor:
         return shares.amin(-1)
 
+    rarest = of_shares(shares, n, smallest, high=1 / classes)
+    if n > 1:
+        # No share is below the smallest one, so what bounds that class bounds it too; resamples of none say little.
+        bound = min(1 / classes, of_known_share(rarest.value, n).high)
+        rarest = replace(rarest, high=max(rarest.high, bound))
     return {
         "coverage": of_shares(shares, n, covered, high=float(classes), centred=False),
         "entropy": of_shares(shares, n, entropy, high=math.log(classes)),
-        "smallest_share": of_shares(shares, n, smallest, high=1 / classes),
+        "smallest_share": rarest,
     }
 
 

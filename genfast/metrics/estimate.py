@@ -106,8 +106,11 @@ def of_share(hits: Tensor) -> Estimate:
     Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22, 1927: resamples of items
     that are all alike are all alike too, though one more item might have been another.
     """
-    n = len(hits)
-    share = float(hits.double().mean())
+    return of_known_share(float(hits.double().mean()), len(hits))
+
+
+def of_known_share(share: float, n: int) -> Estimate:
+    """As `of_share`, of a share of n items."""
     if n < 2:
         return Estimate(share, n=n)
     extra = _QUANTILE**2 / n
@@ -132,7 +135,9 @@ def of_shares(
     shares: Tensor, n: int, statistic: Callable[[Tensor], Tensor], *, high: float, centred: bool = True
 ) -> Estimate:
     """A statistic of the shares [K] of the classes among n items; `statistic` takes [..., K]."""
-    drawn = torch.multinomial(shares, RESAMPLES * n, replacement=True, generator=own_generator()).view(RESAMPLES, n)
+    # Half an item more of each class: of one that never appeared, plain resamples would have none either.
+    weights = shares + 0.5 / n
+    drawn = torch.multinomial(weights, RESAMPLES * n, replacement=True, generator=own_generator()).view(RESAMPLES, n)
     counts = torch.zeros(RESAMPLES, len(shares), dtype=torch.float64).scatter_add_(
         1, drawn, torch.ones((), dtype=torch.float64).expand(RESAMPLES, n)
     )

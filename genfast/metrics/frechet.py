@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from genfast.metrics._images import batches, check_images
 from genfast.metrics.classifier import DigitClassifier, features_and_logits
 from genfast.metrics.estimate import RESAMPLES, Estimate, of_resamples, own_generator
 
-__all__ = ["frechet_distance", "inception_fid"]
+__all__ = ["frechet_distance", "inception_fid", "load_inception"]
 
 _ENOUGH = 2048
 _BIAS_DRAWS = 10
@@ -65,50 +67,75 @@ def frechet_of_features(
 ) -> Estimate:
     """Of features [N, F] and [M, F]; warns as `frechet_distance` does."""
     # torchmetrics adds up in the precision of the features.
-    features, reference = features.double(), reference.double()
+    features, reference = _spanned(features.double(), reference.double())
     metric = _torchmetrics(_Features(features.shape[1])).to(features.device)
     _warn_of_bias(name, features, reference)
     metric.update(reference, real=True)
     metric.update(features, real=False)
     value = max(0.0, float(metric.compute()))
     other = _moments(reference, reference.new_ones(1, len(reference)))
-    draws = [_distances(_moments(features, counts), other) for counts in _draws(features, len(features), resamples)]
-    return of_resamples(value, torch.cat(draws), len(features), low=0.0)
+    root = _root(other[1])
+    pieces = (_moments(features, counts) for counts in _draws(features, len(features), resamples))
+    draws = torch.cat([_distances(each, other, root) for each in pieces])
+    return of_resamples(value, draws, len(features), low=0.0)
 
 
-def inception_fid(images: Tensor, reference: Tensor, *, device: torch.device | str | None = None) -> Estimate:
+def load_inception(weights: str | Path = "download", device: torch.device | str = "cpu") -> nn.Module:
+    """The Inception network of FID, by torchmetrics and torch-fidelity.
+
+    Args:
+        weights: the file that torch-fidelity publishes, or one that its `util_convert_inception_weights.py` made;
+            "download" fetches it at the first use. It is read as a pickle, so take it from a source that you trust.
+        device: where it is to compute.
+
+    Returns:
+        A module from uint8 images [N, 3, H, W] of any size to features [N, 2048].
+
+    Raises:
+        ImportError: torchmetrics or torch-fidelity is not installed.
+        OSError: the weights can be neither read nor downloaded.
+
+    Example:
+        >>> load_inception("weights-that-are-not-there.pth")
+        Traceback (most recent call last):
+        OSError: inception: expected ..., got 'weights-that-are-not-there.pth' (... No such file or directory: ...)
+    """
+    try:
+        metric = _torchmetrics(_INCEPTION_FEATURES, None if weights == "download" else str(weights))
+    except ModuleNotFoundError as error:
+        message = "inception: expected the package torch-fidelity, got none: pip install torch-fidelity"
+        raise ImportError(message) from error
+    except (OSError, RuntimeError, EOFError, TypeError, UnpicklingError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        message = "inception: the weights cannot be downloaded"
+        if weights != "download":
+            message = f"inception: expected a file of torch-fidelity's weights of Inception, got {str(weights)!r}"
+        raise OSError(f"{message} ({reason[:300]})") from error
+    return metric.inception.to(device).eval()
+
+
+def inception_fid(images: Tensor, reference: Tensor, *, inception: nn.Module | None = None) -> Estimate:
     """The Frechet Inception distance (FID) of torchmetrics: on 2,048 features of a network trained on ImageNet.
-
-    Its weights are the user's to have: the package torch-fidelity downloads them at the first use.
 
     Args:
         images, reference: [N, C, H, W] with one or three channels, uint8 or floats in [0, 1]; grey is repeated.
-        device: where to compute; where the images are if None.
+        inception: of `load_inception`, on the device where it is to compute; if None it is loaded to the CPU, and its
+            weights are downloaded if need be.
 
     Returns:
         As of `frechet_distance`, with an interval from 20 resamples.
 
     Raises:
         TypeError, ValueError: as of `frechet_distance`.
-        ImportError: torchmetrics or torch-fidelity is not installed.
-        OSError: the weights are neither there nor to be downloaded.
+        ImportError, OSError: as of `load_inception`.
 
     Warns:
         UserWarning: as of `frechet_distance`.
     """
     check_images("images", images, least=2)
     check_images("reference", reference, least=2)
-    device = images.device if device is None else torch.device(device)
-    try:
-        metric = _torchmetrics(_INCEPTION_FEATURES)
-    except ModuleNotFoundError as error:
-        message = "inception_fid: expected the package torch-fidelity, got none: pip install torch-fidelity"
-        raise ImportError(message) from error
-    except (OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        message = f"inception_fid: the weights of Inception can be neither read nor downloaded ({reason})"
-        raise OSError(message) from error
-    network = metric.inception.to(device).eval()
+    network = load_inception() if inception is None else inception
+    device = next(network.parameters()).device
 
     def features(name: str, images: Tensor) -> Tensor:
         parts = (part.expand(-1, 3, -1, -1) for part in batches(name, images, device, _INCEPTION_BATCH))
@@ -142,7 +169,7 @@ class _Features(nn.Module):
         return features
 
 
-def _torchmetrics(feature: nn.Module | int) -> nn.Module:
+def _torchmetrics(feature: nn.Module | int, weights: str | None = None) -> nn.Module:
     try:
         from torchmetrics.image.fid import FrechetInceptionDistance
     except ModuleNotFoundError as error:
@@ -150,7 +177,16 @@ def _torchmetrics(feature: nn.Module | int) -> nn.Module:
             raise
         message = "frechet_distance: expected the package torchmetrics, got none: pip install torchmetrics"
         raise ImportError(message) from error
-    return FrechetInceptionDistance(feature=feature)
+    return FrechetInceptionDistance(feature=feature, feature_extractor_weights_path=weights)
+
+
+def _spanned(features: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """The features in the space that both sets span, where it is smaller: distances are the same, and much cheaper."""
+    rows = torch.cat([features, reference])
+    if len(rows) >= rows.shape[1]:
+        return features, reference
+    basis = torch.linalg.qr(rows.mT).Q
+    return features @ basis, reference @ basis
 
 
 def _warn_of_bias(name: str, features: Tensor, reference: Tensor) -> None:
@@ -164,7 +200,8 @@ def _warn_of_bias(name: str, features: Tensor, reference: Tensor) -> None:
     # Two draws from one distribution, as many as there are: without bias their distance would be 0.
     one = (_moments(reference, counts) for counts in _draws(reference, len(features), _BIAS_DRAWS, seed=1))
     other = (_moments(reference, counts) for counts in _draws(reference, len(reference), _BIAS_DRAWS))
-    bias = float(torch.cat([_distances(*pair) for pair in zip(one, other, strict=True)]).mean())
+    pairs = zip(one, other, strict=True)
+    bias = float(torch.cat([_distances(few, all_, _root(all_[1])) for few, all_ in pairs]).mean())
     warnings.warn(
         f"{name}: {' and '.join(few)} are few: as many drawn from the reference itself score "
         f"{bias:{'.2g' if bias < 10 else ',.0f'}} instead of 0; expected at least {_ENOUGH:,} of both",
@@ -195,10 +232,14 @@ def _moments(features: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     return mean + shift, (second - total[:, None, None] * outer) / (total - 1)[:, None, None]
 
 
-def _distances(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
-    """The distance [R] of each pair of Gaussians, given by their moments."""
-    values, vectors = torch.linalg.eigh(other[1])
-    root = vectors * values.clamp(min=0).sqrt().unsqueeze(-2) @ vectors.mT
+def _root(covariance: Tensor) -> Tensor:
+    """The symmetric square root of each [..., F, F]."""
+    values, vectors = torch.linalg.eigh(covariance)
+    return vectors * values.clamp(min=0).sqrt().unsqueeze(-2) @ vectors.mT
+
+
+def _distances(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], root: Tensor) -> Tensor:
+    """The distance [R] of each pair of Gaussians, given by their moments; `root` is that of the other's covariance."""
     # S1 S2 and S2^(1/2) S1 S2^(1/2) have the same eigenvalues; the second is symmetric.
     shared = torch.linalg.eigvalsh(root @ one[1] @ root).clamp(min=0).sqrt().sum(-1)
     traces = one[1].diagonal(dim1=-2, dim2=-1).sum(-1) + other[1].diagonal(dim1=-2, dim2=-1).sum(-1)

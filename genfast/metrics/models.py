@@ -45,6 +45,7 @@ def evaluate_model(
     binarize: Binarize = "none",
     batch_size: int = BATCH_SIZE,
     seed: int = 0,
+    inception: nn.Module | None = None,
     **options: Any,
 ) -> dict[str, Estimate]:
     """Draw samples from a model and measure them, with its codes and its speed; its likelihood is `likelihood`'s.
@@ -58,6 +59,7 @@ def evaluate_model(
             grey images, which are the means of those draws.
         batch_size: images at a time; it changes the result by rounding only.
         seed: of the samples and of drawn pixels.
+        inception: of `load_inception`, for "inception_fid"; without it there is none.
         options: of ``model.sample``, such as a diffusion model's ``**model.quick_sampling()``.
 
     Returns:
@@ -89,7 +91,8 @@ def evaluate_model(
     training, reference = (splits.train.to(device), splits.test.to(device)) if means else (train, test)
     found = evaluate_samples(
         # An own decoder, or a flow without bounds, may leave [0, 1]; pictures of it do not.
-        drawn.clamp(0, 1), reference, training, classifier=load_classifier(device), digits=are_digits(splits)
+        drawn.clamp(0, 1), reference, training, classifier=load_classifier(device), digits=are_digits(splits),
+        inception=inception,
     )  # fmt: skip
     found["sampling_speed"] = speed
     found["parameters"] = Estimate(sum(parameter.numel() for parameter in model.parameters()))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from genfast.metrics._images import check_images
 from genfast.metrics.classes import confidence_of_logits, coverage_of_logits
 from genfast.metrics.classifier import DigitClassifier, features_and_logits
 from genfast.metrics.estimate import Estimate, of_mean
-from genfast.metrics.frechet import frechet_of_features
+from genfast.metrics.frechet import frechet_of_features, inception_fid
 from genfast.metrics.neighbours import nearest_distances, precision_recall_of_features, ratio_of_distances
 
 __all__ = ["evaluate_samples"]
@@ -25,6 +25,7 @@ def evaluate_samples(
     *,
     classifier: DigitClassifier | None = None,
     digits: bool = True,
+    inception: nn.Module | None = None,
 ) -> dict[str, Estimate]:
     """The metrics of images: of samples against test images, with the training images for copies.
 
@@ -34,11 +35,13 @@ def evaluate_samples(
         training: training images [L, C, H, W].
         classifier: of `load_classifier`, on the device where it is to compute; the bundled one on the CPU if None.
         digits: whether the images are of digits; else what asks for their class is left out.
+        inception: of `load_inception`, for "inception_fid"; without it there is none.
 
     Returns:
         By the names of `DEFINITIONS`: "frechet_distance", "precision", "recall"; of digits also "coverage", "entropy",
-        "smallest_share" and "confidence"; "nearest_distance" and "memorisation" of the first 2,000 samples. Images in
-        colour have the last two alone, since the classifier is of grey images.
+        "smallest_share" and "confidence"; "nearest_distance" and "memorisation" of the first 2,000 samples. with
+        an Inception network "inception_fid". Images in colour have the last three alone, since the classifier is of
+        grey images.
 
     Raises:
         TypeError, ValueError: a set has another dtype or range, images of different shape, or fewer than 4 images.
@@ -65,6 +68,8 @@ def evaluate_samples(
         if digits:
             found |= coverage_of_logits(logits)
             found["confidence"] = confidence_of_logits(logits)
+    if inception is not None:
+        found["inception_fid"] = inception_fid(samples, reference, inception=inception)
     own = nearest_distances("samples", samples[:_SOUGHT], training)
     found["nearest_distance"] = of_mean(own, 0.0)
     found["memorisation"] = ratio_of_distances(own, nearest_distances("reference", reference[:_SOUGHT], training))

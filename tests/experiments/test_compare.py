@@ -80,11 +80,17 @@ def test_the_page_says_what_its_numbers_say(tmp_path):
     assert "DDPM: after 1 of 1 epochs `fit` warned, last of 'it diverges'." in said
     (tmp_path / "samples.png").touch()
     made.write(tmp_path / "page")
-    columns = (tmp_path / "page" / "models.csv").read_text().splitlines()[0]
+    columns, *models = (tmp_path / "page" / "models.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in models] == list(found)
     # Of the flow and of DDPM's bound in 50 steps, with bounds and sizes.
     assert columns.count("256 grey levels") == 8
     assert columns.count("in 50 steps") == 4
     assert columns.count("grey pixels") == 4
+    # One table: on the page a line for each metric.
+    lines = [line for line in (tmp_path / "page" / "README.md").read_text().splitlines() if line.startswith("|")]
+    assert lines[0] == "| model | AE | VAE | flow | DDPM |"
+    assert all(line.count("|") == 6 for line in lines)
+    assert "| linear probe, share (n = 100) | 0.950 [0.940, 0.960] | 0.900 [0.890, 0.910] | not measured |" in lines[12]
 
 
 def test_and_what_other_numbers_say(tmp_path):
@@ -119,8 +125,17 @@ def test_features_of_digits_are_named_where_the_images_are_no_digits(tmp_path):
         made = page(tmp_path, found, data=data)
         assert sum("in features made for digits" in said for said in made.statements) == count
         made.write(tmp_path / data)
-        (headings,) = [
-            line for line in (tmp_path / data / "README.md").read_text().splitlines()
-            if line.startswith("| model | Fréchet")
-        ]  # fmt: skip
-        assert headings.count("in features made for digits") == count
+        table = [line for line in (tmp_path / data / "README.md").read_text().splitlines() if line.startswith("|")]
+        assert sum("in features made for digits" in line for line in table) == count
+
+
+def test_sizes_of_a_line_that_differ_are_both_named(tmp_path):
+    found = {"AE": measured(recall=Estimate(0.5, 0.4, 0.6, 1000)), "VAE": measured()}
+    (tmp_path / "samples.png").touch()
+    made = page(tmp_path, found)
+    made.write(tmp_path / "page")
+    text = (tmp_path / "page" / "README.md").read_text()
+    assert "| recall, share (n = 100 to 1,000) |" in text
+    assert "| precision, share (n = 100) |" in text
+    # Of what has no size, none is named.
+    assert "| parameters | 10 | 10 |" in text

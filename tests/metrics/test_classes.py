@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from scipy import stats
 
 from genfast.metrics import class_coverage, class_shares, confidence
 from genfast.metrics.classes import confidence_of_logits, coverage_of_logits
@@ -41,11 +42,29 @@ def test_statistics_of_known_shares():
     entropy = -sum(share * math.log(share) for share in (0.5, 0.3, 0.16, 0.04))
     assert found["entropy"].value == pytest.approx(entropy, rel=1e-12)
     assert found["entropy"].low < entropy < found["entropy"].high
-    assert found["smallest_share"].value == 0
+    # None of 100: Wilson's upper end, some 4 items.
+    none = stats.binomtest(0, 100).proportion_ci(0.95, "wilson")
+    assert (found["smallest_share"].value, found["smallest_share"].low) == (0, 0)
+    assert found["smallest_share"].high == pytest.approx(none.high, abs=1e-12)
     even = coverage_of_logits(logits_of([20] * 10))
     assert even["entropy"].value == pytest.approx(math.log(10), rel=1e-12)
     assert even["entropy"].high == pytest.approx(math.log(10), rel=1e-12)
     assert even["smallest_share"].value == pytest.approx(0.1, rel=1e-12)
+
+
+def test_a_class_that_never_appeared_may_yet_be_covered():
+    # Of 40 images 4% are two.
+    found = coverage_of_logits(logits_of([20, 20, 0]))
+    assert (found["coverage"].value, found["coverage"].low, found["coverage"].high) == (2, 2, 3)
+    assert coverage_of_logits(logits_of([400, 400, 0]))["coverage"].high == 2
+
+
+@pytest.mark.parametrize("truth", [0.005, 0.02, 0.04])
+def test_intervals_of_the_smallest_share_cover(truth):
+    shares = torch.tensor([0.5, 0.5 - truth, truth], dtype=torch.float64)
+    counts = torch.distributions.Multinomial(100, shares).sample((300,)).long().tolist()
+    found = [coverage_of_logits(logits_of(each))["smallest_share"] for each in counts]
+    assert sum(each.low <= truth <= each.high for each in found) / len(found) >= 0.9
 
 
 def test_least_share_is_counted_from_exactly_it_on():

@@ -6,8 +6,8 @@ import warnings
 import pytest
 import torch
 
-from genfast.metrics import frechet_distance, inception_fid, load_classifier
-from genfast.metrics.frechet import _distances, _moments, check_installed, frechet_of_features
+from genfast.metrics import frechet_distance, inception_fid, load_classifier, load_inception
+from genfast.metrics.frechet import _distances, _moments, _root, check_installed, frechet_of_features
 from genfast.training import load_dataset
 
 ENOUGH = 2048
@@ -69,13 +69,59 @@ def test_it_is_torchmetrics_with_this_extractor(digits):
 def test_the_formula_of_the_resamples_is_that_of_the_value():
     images, reference = torch.randn(ENOUGH, 6).double().exp(), torch.rand(ENOUGH, 6).double() + 5
     counts = torch.ones(1, ENOUGH).double()
-    own = _distances(_moments(images, counts), _moments(reference, counts))
+    other = _moments(reference, counts)
+    own = _distances(_moments(images, counts), other, _root(other[1]))
     assert own.item() == pytest.approx(frechet_of_features(images, reference, resamples=2).value, rel=1e-9)
     # A row that counts twice is a row that comes twice.
     counts[0, :5], counts[0, 5:10] = 2, 0
     again = _moments(torch.cat([images[:5], images[:5], images[10:]]), torch.ones(1, ENOUGH).double())
     for one, other in zip(_moments(images, counts), again, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+def test_few_images_of_many_features_are_measured_in_the_space_they_span():
+    images, reference = torch.randn(30, 200).double().exp(), torch.rand(20, 200).double() + 1
+    with pytest.warns(UserWarning, match="30 images and 20 images") as caught:
+        found = frechet_of_features(images, reference)
+    counts = [torch.ones(1, count).double() for count in (30, 20)]
+    whole = [_moments(features, each) for features, each in zip((images, reference), counts, strict=True)]
+    expected = _distances(*whole, _root(whole[1][1])).item()
+    assert found.value == pytest.approx(expected, rel=1e-9)
+    assert found.low < found.value < found.high
+    assert float(str(caught[0].message).split("score ")[1].split()[0]) > 0
+
+
+def test_fid_is_that_of_torchmetrics(digits, inception_weights):
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    images, reference = torch.randint(0, 256, (14, 3, 16, 16), dtype=torch.uint8).split([10, 4])
+    reference[:, 1:] //= 2
+    metric = FrechetInceptionDistance(feature=2048, feature_extractor_weights_path=str(inception_weights))
+    metric.update(reference, real=True)
+    metric.update(images, real=False)
+    network = load_inception(inception_weights)
+    with pytest.warns(UserWarning, match="^inception_fid: 10 images and 4 images"):
+        found = inception_fid(images, reference, inception=network)
+    assert found.n == 10
+    assert found.low < found.value < found.high
+    assert found.value == pytest.approx(float(metric.compute()), rel=1e-4)
+    # Grey images, of any range, are those of three channels alike.
+    grey, other = digits[:8], digits[8:14]
+    with pytest.warns(UserWarning, match="^inception_fid: 8 images"):
+        found = inception_fid(grey / 255, other, inception=network)
+    with pytest.warns(UserWarning, match="^inception_fid: 8 images"):
+        same = inception_fid(grey.expand(-1, 3, -1, -1), other.expand(-1, 3, -1, -1), inception=network)
+    assert found == same
+
+
+def test_weights_of_inception_that_are_none_are_refused(tmp_path, inception_weights):
+    (tmp_path / "text.pth").write_text("no weights")
+    torch.save({"fc.weight": torch.ones(2)}, tmp_path / "other.pth")
+    (tmp_path / "cut.pth").write_bytes(inception_weights.read_bytes()[:1000])
+    for name in ("missing.pth", "text.pth", "other.pth", "cut.pth", ""):
+        path = tmp_path / name
+        with pytest.raises(OSError, match=rf"^inception: expected a file of torch-fidelity's .* got '{path}' \(.+\)$"):
+            load_inception(path)
 
 
 def test_a_set_against_itself_and_at_any_range(digits):
@@ -141,7 +187,7 @@ def test_other_sets_are_refused(digits):
 
 def test_packages_that_are_missing_are_named(digits, monkeypatch):
     monkeypatch.setattr("torchmetrics.image.fid._TORCH_FIDELITY_AVAILABLE", False)
-    with pytest.raises(ImportError, match=r"inception_fid: .* torch-fidelity"):
+    with pytest.raises(ImportError, match=r"inception: .* torch-fidelity"):
         inception_fid(digits[:5], digits[5:10])
     for name in [name for name in sys.modules if name.startswith("torchmetrics")]:
         monkeypatch.setitem(sys.modules, name, None)
