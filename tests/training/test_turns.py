@@ -86,6 +86,8 @@ def test_a_turn_that_fails_changes_nothing_and_is_told():
         step(bad, seed=number)
         assert step.failed() == 2
         assert_same(model.second, before.second)
+        # Its loss came as far as the statistics of a batch norm.
+        assert_same(model.norm, before.norm)
         assert bool((model.first.weight != before.first.weight).any())
         # Nor is a step without a turn of `second` an update of its average.
         assert_same(step.ema.module.second, averaged)
