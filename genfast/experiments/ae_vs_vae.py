@@ -179,7 +179,9 @@ def _page(
         "Samples, the decoder's means.",
         {
             "model": "model", "codes from": "codes from",
-            **headings("frechet_distance", "precision", "recall", "coverage", "confidence"),
+            **headings(
+                "frechet_distance", "precision", "recall", "coverage", "confidence", digits=are_digits(splits)
+            ),
         },
         name="samples",
     )  # fmt: skip

@@ -12,7 +12,7 @@ from genfast import html_report, training
 from genfast._files import replacing
 from genfast.experiments.base import Page, Settings, Trained, apart, best, number, train_run, versus
 from genfast.experiments.figures import save_panels
-from genfast.experiments.measures import are_digits, headings
+from genfast.experiments.measures import NO_DIGITS, OF_FEATURES, are_digits, headings
 from genfast.metrics import DEFINITIONS, Estimate, Likelihood, comparable, evaluate_model, likelihood, load_inception
 from genfast.models import DDPM, VAE
 
@@ -31,9 +31,6 @@ _OF_SAMPLES = (
     "frechet_distance", "inception_fid", "precision", "recall", "coverage", "entropy", "smallest_share",
     "confidence", "nearest_distance", "memorisation", "sampling_speed",
 )  # fmt: skip
-# Taken in the features of the digit classifier, whatever the images are.
-_OF_FEATURES = ("frechet_distance", "precision", "recall")
-_NO_DIGITS = "in features made for digits"
 _OF_CODES = ("linear_probe", "active_units")
 
 
@@ -147,7 +144,7 @@ def _page(
 def _say_of_samples(page: Page, by: dict[str, dict[str, Estimate]], digits: bool) -> None:
     for metric in ("frechet_distance", "inception_fid", "precision", "recall", "confidence", "sampling_speed"):
         what, values = DEFINITIONS[metric], by[metric]
-        title = what.title if digits or metric not in _OF_FEATURES else f"{what.title} ({_NO_DIGITS})"
+        title = what.title if digits or metric not in OF_FEATURES else f"{what.title} ({NO_DIGITS})"
         if values and all(value.value == 0 for value in values.values()):
             page.say(f"The {title} of all models is 0.")
         elif len(values) > 1 and not any(apart(a, b) for a, b in combinations(values.values(), 2)):
@@ -205,10 +202,8 @@ def _table(
             if isinstance(value, Likelihood):
                 rows[name][value.column] = value.estimate
                 likelihoods[value.column] = value.column
-    known = headings("seconds", "parameters", *(metric for metric in (*_OF_SAMPLES, *_OF_CODES) if by[metric]))
-    if not digits:
-        known |= {metric: f"{known[metric]}, {_NO_DIGITS}" for metric in _OF_FEATURES if metric in known}
-    columns = {**known, **likelihoods}
+    some = [metric for metric in (*_OF_SAMPLES, *_OF_CODES) if by[metric]]
+    columns = {**headings("seconds", "parameters", *some, digits=digits), **likelihoods}
     for metric in columns:
         columns[metric] += _sizes([row.get(metric) for row in rows.values()])
     page.table(

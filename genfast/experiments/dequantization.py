@@ -23,7 +23,7 @@ from genfast.experiments.base import (
     versus,
 )
 from genfast.experiments.figures import Panel, save_panels, save_plots
-from genfast.experiments.measures import drawn, headings, of_samples, some_of
+from genfast.experiments.measures import are_digits, drawn, headings, of_samples, some_of
 from genfast.flows import Dequantize
 from genfast.models.base import evaluating
 from genfast.models.flow import Flow
@@ -196,7 +196,7 @@ def _page(
         "tighter": f"bound, {draws} draws", "gap": "gained by the draws",
     }  # fmt: skip
     if by["frechet_distance"]["none"] is not None:
-        shown |= headings("frechet_distance")
+        shown |= headings("frechet_distance", digits=are_digits(splits))
     if by["coverage"]["none"] is not None:
         shown |= headings("coverage", "confidence")
     page.table(

@@ -128,6 +128,7 @@ def _save_curves(models: dict[str, Trained], images: int, path: Path) -> None:
     """A row for each GAN: the losses, what D says, how various the samples are, and which digits they are."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, MaxNLocator
 
     figure = Figure(figsize=(12.5, 2.4 * len(models)), layout="constrained")
     FigureCanvasAgg(figure)
@@ -161,6 +162,8 @@ def _save_curves(models: dict[str, Trained], images: int, path: Path) -> None:
             axes.grid(alpha=0.3)
         for axes in (losses, said, various, digits):
             axes.tick_params(labelsize=7)
+            axes.xaxis.set_major_locator(MaxNLocator(5))
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     for axes, title in zip(grid[0], ("losses", "what D says", "diversity", "shares of the digits"), strict=True):
         axes.set_title(title)
     for axes in grid[-1]:
@@ -219,7 +222,7 @@ def _page(
         rows,
         f'GANs of the preset "dcgan", trained on {len(splits.train):,} images of {splits.name}. D(x), D(G(z)), '
         "diversity and covered are means over the last epoch.",
-        {**shown, **headings(*known, "seconds")},
+        {**shown, **headings(*known, "seconds", digits=are_digits(splits))},
     )
     page.text(
         "Diversity is the distance of an image to the nearest other one of its batch, relative to that of real images. "

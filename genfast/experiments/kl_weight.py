@@ -10,6 +10,7 @@ from genfast.experiments.figures import Panel, save_panels, save_plots
 from genfast.experiments.measures import (
     ABOUT_LIKELIHOODS,
     ABOUT_SAMPLES,
+    are_digits,
     bound,
     codes,
     drawn,
@@ -121,7 +122,10 @@ def _page(settings: Settings, splits: training.Splits, epochs: int, k: int, rows
         {
             "weight": "KL weight", "nll": "nll, nats", "kl": "KL, nats", "elbo": "ELBO, nats",
             "log_likelihood": f"log p(x) at least (k = {k}), nats",
-            **headings("active_units", "frechet_distance", "precision", "recall", "coverage", "seconds"),
+            **headings(
+                "active_units", "frechet_distance", "precision", "recall", "coverage", "seconds",
+                digits=are_digits(splits),
+            ),
         },
     )  # fmt: skip
     page.text(

@@ -12,6 +12,7 @@ from genfast.experiments.figures import Panel, save_panels, save_plots
 from genfast.experiments.measures import (
     ABOUT_LIKELIHOODS,
     ABOUT_SAMPLES,
+    are_digits,
     bound,
     codes,
     drawn,
@@ -134,7 +135,10 @@ def _page(
         {
             "size": "latent dimensions", "nll": "nll, nats", "kl": "KL, nats", "elbo": "ELBO, nats",
             "log_likelihood": f"log p(x) at least (k = {k}), nats", "holding": "units with 99% of the KL",
-            **headings("active_units", "frechet_distance", "precision", "recall", "coverage", "seconds"),
+            **headings(
+                "active_units", "frechet_distance", "precision", "recall", "coverage", "seconds",
+                digits=are_digits(splits),
+            ),
         },
     )  # fmt: skip
     page.text(f"{ABOUT_LIKELIHOODS} {ABOUT_SAMPLES}")

@@ -15,8 +15,8 @@ from genfast.models.base import LatentImageModel, Model
 from genfast.random import as_seed
 
 __all__ = [
-    "ABOUT_LIKELIHOODS", "ABOUT_SAMPLES", "are_digits", "bound", "codes", "drawn", "headings", "log_likelihood",
-    "of_samples", "some_of", "squared_error",
+    "ABOUT_LIKELIHOODS", "ABOUT_SAMPLES", "NO_DIGITS", "OF_FEATURES", "are_digits", "bound", "codes", "drawn",
+    "headings", "log_likelihood", "of_samples", "some_of", "squared_error",
 ]  # fmt: skip
 
 ABOUT_LIKELIHOODS = (
@@ -29,18 +29,25 @@ ABOUT_SAMPLES = (
     "Fréchet distances depend on the number of images, and compare within this table alone."
 )
 
+# Taken in the features of the digit classifier, whatever the images are.
+OF_FEATURES = ("frechet_distance", "precision", "recall")
+NO_DIGITS = "in features made for digits"
 _BATCH_SIZE = 512
 
 
-def headings(*names: str) -> dict[str, str]:
-    """Headings of columns that `genfast.metrics.DEFINITIONS` defines.
+def headings(*names: str, digits: bool = True) -> dict[str, str]:
+    """Headings of columns that `genfast.metrics.DEFINITIONS` defines; `digits`: whether the images are of digits.
 
     Example:
-        >>> headings("seconds")
-        {'seconds': 'training time, seconds'}
+        >>> headings("recall", "seconds", digits=False)
+        {'recall': 'recall, share, in features made for digits', 'seconds': 'training time, seconds'}
     """
-    known = {name: DEFINITIONS[name] for name in names}
-    return {name: f"{what.title}, {what.unit}" if what.unit else what.title for name, what in known.items()}
+    found = {}
+    for name in names:
+        what = DEFINITIONS[name]
+        parts = (what.title, what.unit, NO_DIGITS if name in OF_FEATURES and not digits else "")
+        found[name] = ", ".join(part for part in parts if part)
+    return found
 
 
 def _batches(data: training.DeviceDataset, seed: int) -> Iterator[tuple[Tensor, int, Tensor]]:
