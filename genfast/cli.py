@@ -453,7 +453,6 @@ def evaluate(
     elif inception is not None:
         raise ValueError(f"--inception: expected together with --metrics, got {inception!r} alone")
     where = _device(device)
-    network = _inception(inception, where)
     model = _load(run).to(where).eval()
     for name, method, value in (("k", "log_prob", k), ("steps", "bits_per_dim", steps)):
         if value is not None and not _takes(model, method, name):
@@ -468,6 +467,8 @@ def evaluate(
     binarize = binarize or settings.get("binarize", "none")
     splits = training.load_dataset(data, data_root, image_size)
     test_data = training.DeviceDataset(splits.test[:limit], where, binarize)
+    # Now rather than after the minutes that the rest takes.
+    network = None if inception is None else load_inception(inception, where)
     result: dict[str, Any] = {"data": splits.name, "binarize": binarize, "images": len(test_data), "seed": seed}
     result |= training.evaluate(model, test_data, batch_size=batch_size, seed=seed)
     values: dict[int | None, Tensor] = {}
@@ -483,6 +484,8 @@ def evaluate(
     bernoulli = getattr(model, "likelihood", None) == "bernoulli"
     if binarize == "none" and bernoulli and "log_likelihood" in result:
         print("The pixels are grey: under a Bernoulli these nats compare with no others than such of grey pixels.")
+    if inception is not None:
+        result["inception"] = inception
     if metrics:
         steps = result.get("steps")
         result["metrics"] = _metrics(model, splits, test_data, values, samples or _SAMPLES, seed, steps, network)
@@ -612,11 +615,6 @@ def _family(model: torch.nn.Module) -> str:
 
 def _takes(model: torch.nn.Module, method: str, argument: str) -> bool:
     return hasattr(model, method) and argument in inspect.signature(getattr(model, method)).parameters
-
-
-def _inception(weights: str | None, device: torch.device) -> torch.nn.Module | None:
-    """Now rather than after the minutes that the rest takes."""
-    return None if weights is None else load_inception(weights, device)
 
 
 def _load(run: Path) -> torch.nn.Module:

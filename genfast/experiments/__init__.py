@@ -22,6 +22,7 @@ import torch
 import genfast
 from genfast._files import replacing
 from genfast.experiments.base import Experiment, Page, Settings
+from genfast.metrics import load_inception
 
 __all__ = ["EXPERIMENTS", "Experiment", "Page", "Settings", "run_experiment"]
 
@@ -84,8 +85,10 @@ def run_experiment(name: str, settings: Settings, overwrite: bool = False) -> Pa
         raise ValueError(f"inception: expected with compare alone, got {settings.inception!r} with {name}")
     default = 60 * EXPERIMENTS[name].default_budget_minutes
     settings = replace(settings, portion=min(1.0, settings.budget / default))
-    # Whatever is wrong with the data comes out here, before anything is written.
+    # Whatever is wrong with the data, or with weights, comes out here, before anything is written or deleted.
     settings.load()
+    if settings.inception is not None:
+        load_inception(settings.inception)
     _claim(name, settings, overwrite)
     page = EXPERIMENTS[name].run(settings)
     page.write(settings.out, _facts(name, settings))
@@ -94,6 +97,7 @@ def run_experiment(name: str, settings: Settings, overwrite: bool = False) -> Pa
 
 def _claim(name: str, settings: Settings, overwrite: bool) -> None:
     """Make the folder, and note in it what it is for."""
+    # Without `inception`, which changes what is measured, not what is trained: a page may have its FID later.
     wanted = {
         "experiment": name, "data": settings.data, "image_size": settings.image_size,
         "budget_minutes": settings.budget / 60, "seed": settings.seed, "device": settings.device,
@@ -122,7 +126,7 @@ def _claim(name: str, settings: Settings, overwrite: bool) -> None:
 def _clear(out: Path) -> None:
     """Delete what an experiment leaves; the marker last, or half of it could not be deleted by a second attempt."""
     shutil.rmtree(out / "runs", ignore_errors=True)
-    for pattern in ("*.png", "*.gif", "*.mp4", "*.csv", "README.md", "results.json", "plan.json", _MARKER):
+    for pattern in ("*.png", "*.gif", "*.mp4", "*.csv", "README.md", "*.html", "results.json", "plan.json", _MARKER):
         for path in out.glob(pattern):
             path.unlink()
 

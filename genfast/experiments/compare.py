@@ -37,7 +37,6 @@ _OF_CODES = ("linear_probe", "active_units")
 def run(settings: Settings) -> Page:
     """Train a model of each family, measure all of them alike, and write the pictures and an HTML report."""
     splits = settings.load()
-    # Whatever is wrong with its weights comes out before the training.
     inception = None if settings.inception is None else load_inception(settings.inception, settings.device)
     models: dict[str, Trained] = {}
     for name, (family, build_options, fit_options) in _MODELS.items():
@@ -76,6 +75,8 @@ def _measured(
         if said is not None:
             found[said.kind] = said
     kept = {"data": splits.name, "binarize": "none", "images": len(images), "seed": settings.seed}
+    if settings.inception is not None:
+        kept["inception"] = settings.inception
     kept["metrics"] = {metric: value.to_dict() for metric, value in found.items()}
     with replacing(trained.folder / "evaluation.json") as temporary:
         temporary.write_text(json.dumps(kept, indent=2) + "\n")
@@ -131,12 +132,13 @@ def _page(
     page.section("Numbers")
     _table(page, models, measured, by, are_digits(splits))
     page.text(
-        "Every metric is defined in `genfast.metrics.DEFINITIONS`. Of all models as many samples are drawn and "
-        "compared with the test images; the autoencoder, which has no prior, is given codes from N(0, I). Diffusion "
-        f"samples with {_STEPS} steps of DDIM, and its bound is that of {_STEPS} steps. A likelihood stands in one "
-        "line with another only where both are of the same treatment of the pixels, draws and steps; a Bernoulli of "
-        "grey pixels has none, and its nats compare with nothing else. A bound in a number of steps is that of a model "
-        "which samples in as many. Other sizes of the networks, or a longer training, may give another order."
+        "Every metric is defined in `genfast.metrics.DEFINITIONS`; n is how many images, or codes, it was measured on. "
+        "Of all models as many samples are drawn and compared with the test images; the autoencoder, which has no "
+        f"prior, is given codes from N(0, I). Diffusion samples with {_STEPS} steps of DDIM, and its bound is that of "
+        f"{_STEPS} steps. A likelihood stands in one line with another only where both are of the same treatment of "
+        "the pixels, draws and steps; a Bernoulli of grey pixels has none, and its nats compare with nothing else. A "
+        "bound in a number of steps is that of a model which samples in as many. Other sizes of the networks, or a "
+        "longer training, may give another order."
     )
     return page
 

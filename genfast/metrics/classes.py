@@ -100,9 +100,8 @@ def coverage_of_logits(logits: Tensor, min_share: float = 0.04) -> dict[str, Est
 
     rarest = of_shares(shares, n, smallest, high=1 / classes)
     if n > 1:
-        # No share is below the smallest one, so what bounds that class bounds it too; resamples of none say little.
-        bound = min(1 / classes, of_known_share(rarest.value, n).high)
-        rarest = replace(rarest, high=max(rarest.high, bound))
+        # Below every class's share, so below what bounds them all; resamples keep to the class that came out last.
+        rarest = replace(rarest, high=min(1 / classes, of_known_share(rarest.value, n, among=classes).high))
     return {
         "coverage": of_shares(shares, n, covered, high=float(classes), centred=False),
         "entropy": of_shares(shares, n, entropy, high=math.log(classes)),

@@ -44,7 +44,8 @@ DEFINITIONS: dict[str, Definition] = {
     ),
     "inception_fid": Definition(
         "FID", "", "lower",
-        "The same distance on the 2,048 features of an Inception network trained on ImageNet.",
+        "The same distance on the 2,048 features of an Inception network trained on ImageNet. The interval is from 20 "
+        "resamples.",
         _HEUSEL,
     ),
     "precision": Definition(

@@ -15,8 +15,6 @@ __all__ = ["Estimate"]
 
 RESAMPLES = 200
 _LEVEL = 0.95
-# Of a standard normal, a share _LEVEL lies between -_QUANTILE and _QUANTILE.
-_QUANTILE = NormalDist().inv_cdf((1 + _LEVEL) / 2)
 # Numbers drawn at a time: bounds the memory.
 _CHUNK = 1 << 22
 
@@ -28,7 +26,7 @@ class Estimate:
     Attributes:
         value: what was measured.
         low, high: the ends of a 95% interval: what other samples of the same size would give, by a bootstrap, or of
-            a share of the items by Wilson's formula; NaN where there is none.
+            a share of the items by Wilson's formula (of the rarest class's the upper end); NaN where there is none.
         n: sample size: how many images, codes or repetitions; 0 where that means nothing.
 
     Example:
@@ -109,11 +107,12 @@ def of_share(hits: Tensor) -> Estimate:
     return of_known_share(float(hits.double().mean()), len(hits))
 
 
-def of_known_share(share: float, n: int) -> Estimate:
-    """As `of_share`, of a share of n items."""
+def of_known_share(share: float, n: int, among: int = 1) -> Estimate:
+    """As `of_share`, of a share of n items; with ends that hold for all `among` which it was picked by its size."""
     if n < 2:
         return Estimate(share, n=n)
-    extra = _QUANTILE**2 / n
+    quantile = NormalDist().inv_cdf(1 - (1 - _LEVEL) / 2 / among)
+    extra = quantile**2 / n
     middle = (share + extra / 2) / (1 + extra)
     half = math.sqrt(extra * (share * (1 - share) + extra / 4)) / (1 + extra)
     # At 0 and 1 one end is the share itself, but for rounding.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
-from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ _BIAS_DRAWS = 10
 _CHUNK = 1 << 22
 # Of 2,048 features a single resample of 10,000 images takes about 100 GFLOP.
 _INCEPTION_RESAMPLES = 20
+# Student's of 19 degrees of freedom: the outermost of 20 resamples are no 2.5% quantiles.
+_INCEPTION_QUANTILE = 2.093
 _INCEPTION_FEATURES = 2048
 _INCEPTION_BATCH = 64
 
@@ -63,9 +66,13 @@ def frechet_distance(images: Tensor, reference: Tensor, *, classifier: DigitClas
 
 
 def frechet_of_features(
-    features: Tensor, reference: Tensor, *, resamples: int = RESAMPLES, name: str = "frechet_distance"
-) -> Estimate:
-    """Of features [N, F] and [M, F]; warns as `frechet_distance` does."""
+    features: Tensor, reference: Tensor, *, resamples: int = RESAMPLES, quantile: float | None = None,
+    name: str = "frechet_distance",
+) -> Estimate:  # fmt: skip
+    """Of features [N, F] and [M, F]; warns as `frechet_distance` does.
+
+    The interval is that of the quantiles of the resamples, or `quantile` times their standard deviation to either side.
+    """
     # torchmetrics adds up in the precision of the features.
     features, reference = _spanned(features.double(), reference.double())
     metric = _torchmetrics(_Features(features.shape[1])).to(features.device)
@@ -77,6 +84,9 @@ def frechet_of_features(
     root = _root(other[1])
     pieces = (_moments(features, counts) for counts in _draws(features, len(features), resamples))
     draws = torch.cat([_distances(each, other, root) for each in pieces])
+    if quantile is not None:
+        half = quantile * float(draws.std())
+        return Estimate(value, max(0.0, value - half), value + half, len(features))
     return of_resamples(value, draws, len(features), low=0.0)
 
 
@@ -85,7 +95,7 @@ def load_inception(weights: str | Path = "download", device: torch.device | str 
 
     Args:
         weights: the file that torch-fidelity publishes, or one that its `util_convert_inception_weights.py` made;
-            "download" fetches it at the first use. It is read as a pickle, so take it from a source that you trust.
+            "download" fetches it at the first use.
         device: where it is to compute.
 
     Returns:
@@ -100,15 +110,22 @@ def load_inception(weights: str | Path = "download", device: torch.device | str 
         Traceback (most recent call last):
         OSError: inception: expected ..., got 'weights-that-are-not-there.pth' (... No such file or directory: ...)
     """
+    check_installed()
+    if find_spec("torch_fidelity") is None:
+        raise ImportError("inception: expected the package torch-fidelity, got none: pip install torch-fidelity")
+    options = {}
     try:
-        metric = _torchmetrics(_INCEPTION_FEATURES, None if weights == "download" else str(weights))
-    except ModuleNotFoundError as error:
-        message = "inception: expected the package torch-fidelity, got none: pip install torch-fidelity"
-        raise ImportError(message) from error
-    except (OSError, RuntimeError, EOFError, TypeError, UnpicklingError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        message = "inception: the weights cannot be downloaded"
         if weights != "download":
+            options["feature_extractor_weights_path"] = str(weights)
+            # torch-fidelity reads any Python object: what is not tensors alone is refused, and none of its code runs.
+            torch.load(weights, "cpu", weights_only=True)
+        # Its weights are drawn before they are read.
+        with torch.random.fork_rng(devices=[]):
+            metric = _torchmetrics(_INCEPTION_FEATURES, **options)
+    except Exception as error:  # whatever a file makes of torch.load and load_state_dict
+        reason = " ".join(str(error).split()) or type(error).__name__
+        message = "inception: the weights can be neither downloaded nor read"
+        if options:
             message = f"inception: expected a file of torch-fidelity's weights of Inception, got {str(weights)!r}"
         raise OSError(f"{message} ({reason[:300]})") from error
     return metric.inception.to(device).eval()
@@ -134,6 +151,8 @@ def inception_fid(images: Tensor, reference: Tensor, *, inception: nn.Module | N
     """
     check_images("images", images, least=2)
     check_images("reference", reference, least=2)
+    if not isinstance(inception, nn.Module | None):
+        raise TypeError(f"inception: expected a network of load_inception, got {type(inception).__name__}")
     network = load_inception() if inception is None else inception
     device = next(network.parameters()).device
 
@@ -143,7 +162,9 @@ def inception_fid(images: Tensor, reference: Tensor, *, inception: nn.Module | N
             return torch.cat([network((part * 255).round().byte()) for part in parts])
 
     of_images, of_reference = features("images", images), features("reference", reference)
-    return frechet_of_features(of_images, of_reference, resamples=_INCEPTION_RESAMPLES, name="inception_fid")
+    return frechet_of_features(
+        of_images, of_reference, resamples=_INCEPTION_RESAMPLES, quantile=_INCEPTION_QUANTILE, name="inception_fid"
+    )
 
 
 def check_installed() -> None:
@@ -169,7 +190,7 @@ class _Features(nn.Module):
         return features
 
 
-def _torchmetrics(feature: nn.Module | int, weights: str | None = None) -> nn.Module:
+def _torchmetrics(feature: nn.Module | int, **options: Any) -> nn.Module:
     try:
         from torchmetrics.image.fid import FrechetInceptionDistance
     except ModuleNotFoundError as error:
@@ -177,15 +198,14 @@ def _torchmetrics(feature: nn.Module | int, weights: str | None = None) -> nn.Mo
             raise
         message = "frechet_distance: expected the package torchmetrics, got none: pip install torchmetrics"
         raise ImportError(message) from error
-    return FrechetInceptionDistance(feature=feature, feature_extractor_weights_path=weights)
+    return FrechetInceptionDistance(feature=feature, **options)
 
 
 def _spanned(features: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     """The features in the space that both sets span, where it is smaller: distances are the same, and much cheaper."""
-    rows = torch.cat([features, reference])
-    if len(rows) >= rows.shape[1]:
+    if len(features) + len(reference) >= features.shape[1]:
         return features, reference
-    basis = torch.linalg.qr(rows.mT).Q
+    basis = torch.linalg.qr(torch.cat([features, reference]).mT).Q
     return features @ basis, reference @ basis
 
 
@@ -197,11 +217,14 @@ def _warn_of_bias(name: str, features: Tensor, reference: Tensor) -> None:
     ]
     if not few:
         return
+    counts = len(features), len(reference)
+    reference, _ = _spanned(reference, reference[:0])
     # Two draws from one distribution, as many as there are: without bias their distance would be 0.
-    one = (_moments(reference, counts) for counts in _draws(reference, len(features), _BIAS_DRAWS, seed=1))
-    other = (_moments(reference, counts) for counts in _draws(reference, len(reference), _BIAS_DRAWS))
-    pairs = zip(one, other, strict=True)
-    bias = float(torch.cat([_distances(few, all_, _root(all_[1])) for few, all_ in pairs]).mean())
+    draws = zip(
+        _draws(reference, counts[0], _BIAS_DRAWS, seed=1), _draws(reference, counts[1], _BIAS_DRAWS), strict=True
+    )
+    pairs = ([_moments(reference, each) for each in pair] for pair in draws)
+    bias = float(torch.cat([_distances(one, other, _root(other[1])) for one, other in pairs]).mean())
     warnings.warn(
         f"{name}: {' and '.join(few)} are few: as many drawn from the reference itself score "
         f"{bias:{'.2g' if bias < 10 else ',.0f'}} instead of 0; expected at least {_ENOUGH:,} of both",

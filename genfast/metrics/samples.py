@@ -39,9 +39,9 @@ def evaluate_samples(
 
     Returns:
         By the names of `DEFINITIONS`: "frechet_distance", "precision", "recall"; of digits also "coverage", "entropy",
-        "smallest_share" and "confidence"; "nearest_distance" and "memorisation" of the first 2,000 samples. with
-        an Inception network "inception_fid". Images in colour have the last three alone, since the classifier is of
-        grey images.
+        "smallest_share" and "confidence"; "nearest_distance" and "memorisation" of the first 2,000 samples;
+        "inception_fid" with `inception`. Images in colour have the last three alone, since the classifier is of grey
+        images.
 
     Raises:
         TypeError, ValueError: a set has another dtype or range, images of different shape, or fewer than 4 images.

@@ -64,6 +64,21 @@ def test_the_same_command_takes_what_is_there(capsys, tmp_path):
     assert "a reduced form (default: 0.5)" in (tmp_path / "README.md").read_text()
 
 
+def test_weights_of_inception_are_looked_at_first(capsys, tmp_path):
+    line = fails(capsys, "experiment", "tiny", "--inception", "download", "--out", tmp_path / "none")
+    assert line == "error: inception: expected with compare alone, got 'download' with tiny"
+    command = ("experiment", "compare", "--inception", tmp_path / "no.pth", "--overwrite", "--out")
+    assert "got '" in fails(capsys, *command, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    # What another one left would go with --overwrite.
+    (tmp_path / "old" / "runs").mkdir(parents=True)
+    for name in ("experiment.json", "report.html", "runs/run.json"):
+        (tmp_path / "old" / name).write_text("{}")
+    before = contents(tmp_path / "old")
+    assert "no.pth' (" in fails(capsys, *command, tmp_path / "old")
+    assert contents(tmp_path / "old") == before
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_one_goes_on(number, capsys, tmp_path):
     from genfast.__main__ import main

@@ -1,6 +1,7 @@
 """All families on the same images: one small run of all, and sentences that follow the numbers."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -14,7 +15,7 @@ NAMES = ("AE", "VAE", "GAN", "flow", "DDPM")
 
 
 @pytest.mark.filterwarnings("ignore:frechet_distance")
-def test_it_finishes_in_seconds(tmp_path, capsys):
+def test_it_finishes_in_seconds(tmp_path):
     page = run_experiment("compare", few(tmp_path, budget=5.0))
     assert_whole_page(page, tmp_path, ("samples.png",))
     found = {}
@@ -25,6 +26,7 @@ def test_it_finishes_in_seconds(tmp_path, capsys):
         assert (run["data"], run["time"]) == ("digits", 1.0)
         assert {"frechet_distance", "precision", "memorisation", "sampling_speed", "parameters"} <= set(found[name])
         assert found[name]["frechet_distance"]["n"] == 64
+        assert "inception" not in evaluation
     assert {name for name in NAMES if "linear_probe" in found[name]} == {"AE", "VAE"}
     bits = {name: found[name]["bits_per_dim"] for name in NAMES if "bits_per_dim" in found[name]}
     assert set(bits) == {"flow", "DDPM"}
@@ -35,6 +37,20 @@ def test_it_finishes_in_seconds(tmp_path, capsys):
     html = (tmp_path / "report.html").read_text()
     assert DEFINITIONS["frechet_distance"].title in html
     assert all(f">{name}</a>" in html for name in NAMES)
+
+
+@pytest.mark.filterwarnings("ignore:frechet_distance", "ignore:inception_fid")
+def test_fid_with_weights_of_ones_own(tmp_path, inception_weights, monkeypatch):
+    # Inception takes a quarter of a second for an image, so of one model alone.
+    monkeypatch.setattr(compare, "_MODELS", {"AE": compare._MODELS["AE"]})
+    run_experiment("compare", replace(few(tmp_path, budget=0.5), inception=str(inception_weights)))
+    kept = json.loads((tmp_path / "runs" / "AE" / "evaluation.json").read_text())
+    assert kept["inception"] == str(inception_weights)
+    assert kept["metrics"]["inception_fid"]["n"] == 64
+    text = (tmp_path / "README.md").read_text()
+    assert "| FID (n = 64) | " in text
+    assert f"--inception {inception_weights}" in text
+    assert DEFINITIONS["inception_fid"].title in (tmp_path / "report.html").read_text()
 
 
 def measured(**changes):
@@ -62,12 +78,13 @@ def test_the_page_says_what_its_numbers_say(tmp_path):
     found = {
         "AE": measured(frechet_distance=about(50.0), linear_probe=about(0.95, 0.01), coverage=Estimate(7.0)),
         "VAE": measured(linear_probe=about(0.9, 0.01), memorisation=about(0.8, 0.05), elbo=bits(2.0, "grey pixels")),
-        "flow": measured(frechet_distance=about(9.9), bits_per_dim=bits(2.0)),
-        "DDPM": measured(bits_per_dim=bits(1.0, steps=50), precision=about(0.9)),
+        "flow": measured(frechet_distance=about(9.9), bits_per_dim=bits(2.0), inception_fid=about(30.0)),
+        "DDPM": measured(inception_fid=about(20.0), bits_per_dim=bits(1.0, steps=50), precision=about(0.9)),
     }  # fmt: skip
     made = page(tmp_path, found, DDPM=[{"epoch": 2, "warning": "it diverges"}])
     said = "\n".join(made.statements)
     assert "flow (9.90 [9.80, 10.00]); not told apart from it: VAE, DDPM" in said
+    assert "Best FID: DDPM (20.00 [19.90, 20.10])." in said
     assert "Best precision: DDPM (0.90 [0.80, 1.00])." in said
     assert "By recall no two models are told apart: AE 0.50 [0.40, 0.60], VAE 0.50 [0.40, 0.60], flow" in said
     assert "Each was stopped after 12.00 seconds, evaluations included" in said
@@ -90,7 +107,8 @@ def test_the_page_says_what_its_numbers_say(tmp_path):
     lines = [line for line in (tmp_path / "page" / "README.md").read_text().splitlines() if line.startswith("|")]
     assert lines[0] == "| model | AE | VAE | flow | DDPM |"
     assert all(line.count("|") == 6 for line in lines)
-    assert "| linear probe, share (n = 100) | 0.950 [0.940, 0.960] | 0.900 [0.890, 0.910] | not measured |" in lines[12]
+    probed = "0.950 [0.940, 0.960] | 0.900 [0.890, 0.910] | not measured | not measured"
+    assert f"| linear probe, share (n = 100) | {probed} |" in lines
 
 
 def test_and_what_other_numbers_say(tmp_path):

@@ -80,15 +80,28 @@ def test_the_formula_of_the_resamples_is_that_of_the_value():
 
 
 def test_few_images_of_many_features_are_measured_in_the_space_they_span():
-    images, reference = torch.randn(30, 200).double().exp(), torch.rand(20, 200).double() + 1
-    with pytest.warns(UserWarning, match="30 images and 20 images") as caught:
-        found = frechet_of_features(images, reference)
-    counts = [torch.ones(1, count).double() for count in (30, 20)]
-    whole = [_moments(features, each) for features, each in zip((images, reference), counts, strict=True)]
-    expected = _distances(*whole, _root(whole[1][1])).item()
-    assert found.value == pytest.approx(expected, rel=1e-9)
-    assert found.low < found.value < found.high
-    assert float(str(caught[0].message).split("score ")[1].split()[0]) > 0
+    # Of 40 features the 50 images span all; turned into 200 features they are as far apart.
+    images, reference = torch.randn(30, 40).double().exp(), torch.rand(20, 40).double() + 1
+    turn = rotation(200)[:40]
+    found, told = [], []
+    for one, other in ((images, reference), (images @ turn, reference @ turn)):
+        with pytest.warns(UserWarning, match="30 images and 20 images") as caught:
+            found.append(frechet_of_features(one, other))
+        told.append(str(caught[0].message))
+    plain, turned = found
+    assert (turned.value, turned.low, turned.high) == pytest.approx((plain.value, plain.low, plain.high), rel=1e-7)
+    assert plain.low < plain.value < plain.high
+    assert told[0] == told[1]
+
+
+def test_an_interval_by_the_deviation_of_few_resamples_covers():
+    reference = gaussian(ENOUGH, torch.zeros(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        draws = torch.randn(200, 150, 3, dtype=torch.float64) + 0.5
+        found = [frechet_of_features(draw, reference, resamples=20, quantile=2.093) for draw in draws]
+    expected = sum(each.value for each in found) / len(found)
+    assert 0.91 <= sum(each.low <= expected <= each.high for each in found) / len(found) <= 0.995
 
 
 def test_fid_is_that_of_torchmetrics(digits, inception_weights):
@@ -118,10 +131,23 @@ def test_weights_of_inception_that_are_none_are_refused(tmp_path, inception_weig
     (tmp_path / "text.pth").write_text("no weights")
     torch.save({"fc.weight": torch.ones(2)}, tmp_path / "other.pth")
     (tmp_path / "cut.pth").write_bytes(inception_weights.read_bytes()[:1000])
-    for name in ("missing.pth", "text.pth", "other.pth", "cut.pth", ""):
+    # What torch.load takes for a number, and a dictionary that is none of weights.
+    (tmp_path / "page.pth").write_text("Inception is not here")
+    torch.save({1: 2}, tmp_path / "numbers.pth")
+    # Objects, whose code would run.
+    torch.save(pytest.approx(1), tmp_path / "objects.pth")
+    for name in ("missing.pth", "text.pth", "other.pth", "cut.pth", "page.pth", "numbers.pth", "objects.pth", ""):
         path = tmp_path / name
         with pytest.raises(OSError, match=rf"^inception: expected a file of torch-fidelity's .* got '{path}' \(.+\)$"):
             load_inception(path)
+    with pytest.raises(TypeError, match="inception: expected a network of load_inception, got str"):
+        inception_fid(torch.zeros(2, 1, 8, 8), torch.zeros(2, 1, 8, 8), inception=str(inception_weights))
+
+
+def test_loading_inception_leaves_torchs_generator_alone(inception_weights):
+    state = torch.get_rng_state()
+    load_inception(inception_weights)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_set_against_itself_and_at_any_range(digits):
@@ -186,7 +212,7 @@ def test_other_sets_are_refused(digits):
 
 
 def test_packages_that_are_missing_are_named(digits, monkeypatch):
-    monkeypatch.setattr("torchmetrics.image.fid._TORCH_FIDELITY_AVAILABLE", False)
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     with pytest.raises(ImportError, match=r"inception: .* torch-fidelity"):
         inception_fid(digits[:5], digits[5:10])
     for name in [name for name in sys.modules if name.startswith("torchmetrics")]:
