@@ -1,5 +1,6 @@
 """Frechet distances against closed forms and torchmetrics, and what is said of few images."""
 
+import os
 import sys
 import warnings
 
@@ -127,6 +128,16 @@ def test_fid_is_that_of_torchmetrics(digits, inception_weights):
     assert found == same
 
 
+class MakesAFolder:
+    """When it is unpickled: as any code may run."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
 def test_weights_of_inception_that_are_none_are_refused(tmp_path, inception_weights):
     (tmp_path / "text.pth").write_text("no weights")
     torch.save({"fc.weight": torch.ones(2)}, tmp_path / "other.pth")
@@ -134,12 +145,12 @@ def test_weights_of_inception_that_are_none_are_refused(tmp_path, inception_weig
     # What torch.load takes for a number, and a dictionary that is none of weights.
     (tmp_path / "page.pth").write_text("Inception is not here")
     torch.save({1: 2}, tmp_path / "numbers.pth")
-    # Objects, whose code would run.
-    torch.save(pytest.approx(1), tmp_path / "objects.pth")
+    torch.save(MakesAFolder(str(tmp_path / "made")), tmp_path / "objects.pth")
     for name in ("missing.pth", "text.pth", "other.pth", "cut.pth", "page.pth", "numbers.pth", "objects.pth", ""):
         path = tmp_path / name
         with pytest.raises(OSError, match=rf"^inception: expected a file of torch-fidelity's .* got '{path}' \(.+\)$"):
             load_inception(path)
+    assert not (tmp_path / "made").exists()
     with pytest.raises(TypeError, match="inception: expected a network of load_inception, got str"):
         inception_fid(torch.zeros(2, 1, 8, 8), torch.zeros(2, 1, 8, 8), inception=str(inception_weights))
 
