@@ -59,6 +59,12 @@ def test_a_class_that_never_appeared_may_yet_be_covered():
     assert coverage_of_logits(logits_of([400, 400, 0]))["coverage"].high == 2
 
 
+def test_an_interval_of_counts_has_counts_for_ends():
+    # With these the 2.5% quantile of the resamples lies between 1 and 2.
+    found = coverage_of_logits(logits_of([200, 16, 3]))["coverage"]
+    assert (found.low, found.value, found.high) == (1, 2, 2)
+
+
 @pytest.mark.parametrize(
     "shares", [(0.5, 0.495, 0.005), (0.5, 0.48, 0.02), (0.5, 0.46, 0.04), (0.1,) * 10, (0.16, 0.04) * 5], ids=str
 )
