@@ -102,12 +102,12 @@ def coverage_of_logits(logits: Tensor, min_share: float = 0.04) -> dict[str, Est
     if n > 1:
         # Below every class's share, so below what bounds them all; resamples keep to the class that came out last.
         rarest = replace(rarest, high=min(1 / classes, of_known_share(rarest.value, n, among=classes).high))
-    found = of_shares(shares, n, covered, high=float(classes), centred=False)
+    count = of_shares(shares, n, covered, high=float(classes), centred=False)
     if n > 1:
         # A quantile may lie between two counts.
-        found = replace(found, low=math.floor(found.low), high=math.ceil(found.high))
+        count = replace(count, low=math.floor(count.low), high=math.ceil(count.high))
     return {
-        "coverage": found,
+        "coverage": count,
         "entropy": of_shares(shares, n, entropy, high=math.log(classes)),
         "smallest_share": rarest,
     }

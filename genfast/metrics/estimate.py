@@ -108,7 +108,7 @@ def of_share(hits: Tensor) -> Estimate:
 
 
 def of_known_share(share: float, n: int, among: int = 1) -> Estimate:
-    """As `of_share`, of a share of n items; with ends that hold for all `among` which it was picked by its size."""
+    """As `of_share`, of a share of n items; the ends hold for each of `among` shares, so for the smallest of them."""
     if n < 2:
         return Estimate(share, n=n)
     quantile = NormalDist().inv_cdf(1 - (1 - _LEVEL) / 2 / among)
