@@ -617,6 +617,7 @@ def kill_at_random_moments(folder: str, kills: str) -> None:
     chance = random.Random(0)
     folder = Path(folder) / "checkpoints"
     last = None
+    found = 0
     for kill in range(int(kills)):
         receiver, sender = os.pipe()
         pid = _fork(lambda kill=kill, sender=sender: save_forever(folder, kill, sender))
@@ -636,10 +637,14 @@ def kill_at_random_moments(folder: str, kills: str) -> None:
             last = [int(number) for number in lines[-1].split()]
         mark = _assert_whole(folder, last)
         checkpoints = Checkpoints(folder, keep=2)
-        assert len(checkpoints.steps()) <= 3
+        # One that was killed between its first save and prune leaves one more than it found.
+        assert len(checkpoints.steps()) <= max(found + 1, 3)
+        found = len(checkpoints.steps())
         checkpoints.clean()
         assert _names(folder) == [checkpoints.path(step).name for step in checkpoints.steps()]
         last = mark
+    checkpoints.prune()
+    assert len(checkpoints.steps()) == 2
     print(int(kills))
 
 
