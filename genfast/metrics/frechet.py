@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import sys
 import warnings
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +30,8 @@ _INCEPTION_RESAMPLES = 20
 _INCEPTION_QUANTILE = 2.093
 _INCEPTION_FEATURES = 2048
 _INCEPTION_BATCH = 64
+# Of each network the last reference, as its digest and features: models are compared with the same one.
+_references: WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], Tensor]] = WeakKeyDictionary()
 
 
 def frechet_distance(images: Tensor, reference: Tensor, *, classifier: DigitClassifier | None = None) -> Estimate:
@@ -137,7 +142,8 @@ def inception_fid(images: Tensor, reference: Tensor, *, inception: nn.Module | N
     Args:
         images, reference: [N, C, H, W] with one or three channels, uint8 or floats in [0, 1]; grey is repeated.
         inception: of `load_inception`, on the device where it is to compute; if None it is loaded to the CPU, and its
-            weights are downloaded if need be.
+            weights are downloaded if need be. The features of its last reference are kept as long as it is: the same
+            images do not pass through it again.
 
     Returns:
         As of `frechet_distance`, with an interval from 20 resamples.
@@ -154,17 +160,27 @@ def inception_fid(images: Tensor, reference: Tensor, *, inception: nn.Module | N
     if not isinstance(inception, nn.Module | None):
         raise TypeError(f"inception: expected a network of load_inception, got {type(inception).__name__}")
     network = load_inception() if inception is None else inception
-    device = next(network.parameters()).device
-
-    def features(name: str, images: Tensor) -> Tensor:
-        parts = (part.expand(-1, 3, -1, -1) for part in batches(name, images, device, _INCEPTION_BATCH))
-        with torch.no_grad():
-            return torch.cat([network((part * 255).round().byte()) for part in parts])
-
-    of_images, of_reference = features("images", images), features("reference", reference)
+    of_images = _inception_features(network, "images", images)
+    key = _digest(network, reference)
+    if _references.get(network, (None,))[0] != key:
+        _references[network] = key, _inception_features(network, "reference", reference)
+    of_reference = _references[network][1]
     return frechet_of_features(
         of_images, of_reference, resamples=_INCEPTION_RESAMPLES, quantile=_INCEPTION_QUANTILE, name="inception_fid"
     )
+
+
+def _inception_features(network: nn.Module, name: str, images: Tensor) -> Tensor:
+    parts = batches(name, images, next(network.parameters()).device, _INCEPTION_BATCH)
+    with torch.no_grad():
+        return torch.cat([network((part.expand(-1, 3, -1, -1) * 255).round().byte()) for part in parts])
+
+
+def _digest(network: nn.Module, images: Tensor) -> tuple[Any, ...]:
+    """What the features of images depend on: the images, and where and what the network is."""
+    weights = [(parameter.device, parameter._version) for parameter in network.parameters()]
+    content = hashlib.blake2b(images.detach().contiguous().cpu().view(torch.uint8).numpy())
+    return weights, images.dtype, images.shape, content.digest()
 
 
 def check_installed() -> None:
@@ -229,8 +245,16 @@ def _warn_of_bias(name: str, features: Tensor, reference: Tensor) -> None:
         f"{name}: {' and '.join(few)} are few: as many drawn from the reference itself score "
         f"{bias:{'.2g' if bias < 10 else ',.0f'}} instead of 0; expected at least {_ENOUGH:,} of both",
         UserWarning,
-        stacklevel=4,
+        stacklevel=_levels_of_genfast(),
     )
+
+
+def _levels_of_genfast() -> int:
+    """The stacklevel by which a warning of its caller names the line outside of genfast that led there."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals["__name__"].partition(".")[0] == "genfast":
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _draws(features: Tensor, count: int, resamples: int, seed: int = 0) -> Iterator[Tensor]:

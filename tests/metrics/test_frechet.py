@@ -1,5 +1,6 @@
 """Frechet distances against closed forms and torchmetrics, and what is said of few images."""
 
+import copy
 import os
 import sys
 import warnings
@@ -7,8 +8,16 @@ import warnings
 import pytest
 import torch
 
-from genfast.metrics import frechet_distance, inception_fid, load_classifier, load_inception
+from genfast.metrics import (
+    evaluate_model,
+    evaluate_samples,
+    frechet_distance,
+    inception_fid,
+    load_classifier,
+    load_inception,
+)
 from genfast.metrics.frechet import _distances, _moments, _root, check_installed, frechet_of_features
+from genfast.models import VAE
 from genfast.training import load_dataset
 
 ENOUGH = 2048
@@ -126,6 +135,40 @@ def test_fid_is_that_of_torchmetrics(digits, inception_weights):
     with pytest.warns(UserWarning, match="^inception_fid: 8 images"):
         same = inception_fid(grey.expand(-1, 3, -1, -1), other.expand(-1, 3, -1, -1), inception=network)
     assert found == same
+
+
+@pytest.mark.filterwarnings("ignore:inception_fid")
+def test_a_reference_passes_through_inception_once(inception_weights):
+    first, second, reference = torch.rand(6, 1, 8, 8).split(2)
+    network = load_inception(inception_weights)
+    seen = []
+    network.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    distances = [inception_fid(images, reference.clone(), inception=network) for images in (first, second, first)]
+    assert seen == [2, 2, 2, 2]
+    assert distances[0] == distances[2] != distances[1]
+    # What it depends on is looked at: the images themselves, and the weights.
+    changed = reference.clone()
+    assert inception_fid(first, changed, inception=network) == distances[0]
+    changed[0] = 0
+    assert inception_fid(first, changed, inception=network) != distances[0]
+    assert inception_fid(first, reference, inception=network) == distances[0]
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(1.01)
+    other = inception_fid(first, reference, inception=network)
+    assert other == inception_fid(first, reference, inception=copy.deepcopy(network)) != distances[0]
+
+
+def test_the_warning_names_the_line_that_asked(digits):
+    splits = load_dataset("digits")
+    for ask in (
+        lambda: frechet_distance(digits[:5], digits[5:10]),
+        lambda: evaluate_samples(digits[:5], digits[5:10], digits[:5]),
+        lambda: evaluate_model(VAE(latent_dim=2), splits, samples=5),
+    ):
+        with pytest.warns(UserWarning, match="frechet_distance") as caught:
+            ask()
+        assert [warning.filename for warning in caught] == [__file__]
 
 
 class MakesAFolder:
