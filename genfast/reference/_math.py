@@ -29,7 +29,7 @@ def rows_like(values: Tensor, x: Tensor) -> Tensor:
 def expm1_minus(x: Tensor) -> Tensor:
     """exp(x) - 1 - x, by its Taylor series for |x| < 0.5, where the difference would cancel."""
     small = x.abs() < 0.5
-    near = torch.where(small, x, 0.0)
+    near = x.clamp(-0.5, 0.5)
     terms = 16 if x.dtype == torch.float64 else 9
     series = torch.full_like(x, 1 / math.factorial(terms))
     for k in range(terms - 1, 1, -1):
