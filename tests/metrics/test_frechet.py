@@ -1,9 +1,11 @@
 """Frechet distances against closed forms and torchmetrics, and what is said of few images."""
 
 import copy
+import gc
 import os
 import sys
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -137,38 +139,106 @@ def test_fid_is_that_of_torchmetrics(digits, inception_weights):
     assert found == same
 
 
-@pytest.mark.filterwarnings("ignore:inception_fid")
-def test_a_reference_passes_through_inception_once(inception_weights):
-    first, second, reference = torch.rand(6, 1, 8, 8).split(2)
-    network = load_inception(inception_weights)
-    seen = []
-    network.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+class Extractor(torch.nn.Module):
+    """In Inception's place: quick, with weights and statistics, and what it has seen."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = torch.nn.Linear(16, 5), torch.nn.BatchNorm1d(5)
+        self.seen = []
+        self.eval()
+
+    def forward(self, images):
+        self.seen.append(len(images))
+        return self.norm(self.linear(images.flatten(1)[:, :16].to(self.linear.weight.dtype) / 255))
+
+
+FEW = pytest.mark.filterwarnings("ignore:inception_fid")
+
+
+@FEW
+def test_a_reference_passes_through_a_network_once():
+    first, second, reference = torch.rand(30, 1, 8, 8).split(10)
+    network = Extractor()
     distances = [inception_fid(images, reference.clone(), inception=network) for images in (first, second, first)]
-    assert seen == [2, 2, 2, 2]
+    assert network.seen == [10, 10, 10, 10]
     assert distances[0] == distances[2] != distances[1]
-    # What it depends on is looked at: the images themselves, and the weights.
-    changed = reference.clone()
-    assert inception_fid(first, changed, inception=network) == distances[0]
-    changed[0] = 0
-    assert inception_fid(first, changed, inception=network) != distances[0]
-    assert inception_fid(first, reference, inception=network) == distances[0]
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.mul_(1.01)
-    other = inception_fid(first, reference, inception=network)
-    assert other == inception_fid(first, reference, inception=copy.deepcopy(network)) != distances[0]
+    kept = weakref.ref(network)
+    del network
+    gc.collect()
+    assert kept() is None
+
+
+def _another_pixel(network, reference):
+    reference[-1, 0, 0, 0] = 1
+
+
+CHANGES = {
+    "the last image": _another_pixel,
+    "weights": lambda network, _: network.linear.weight.data.mul_(2),
+    "a weight": lambda network, _: setattr(network.linear, "bias", torch.nn.Parameter(torch.arange(5.0))),
+    "statistics": lambda network, _: network.norm.running_var.mul_(2),
+    "a layer": lambda network, _: setattr(network, "linear", torch.nn.Linear(16, 5)),
+    "the mode": lambda network, _: network.train(),
+    "the dtype": lambda network, _: network.bfloat16(),
+}
+
+
+@FEW
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_reference_is_known_by_all_that_its_features_depend_on(change):
+    images, reference = torch.rand(20, 1, 8, 8).split(10)
+    network = Extractor()
+    before = inception_fid(images, reference, inception=network)
+    CHANGES[change](network, reference)
+    # Batch norm's statistics move in training.
+    expected = inception_fid(images, reference, inception=copy.deepcopy(network))
+    assert inception_fid(images, reference, inception=network) == expected != before
+
+
+@FEW
+def test_a_reference_of_the_same_bytes_is_another():
+    images, grey = torch.rand(10, 1, 8, 8), torch.randint(0, 56, (10, 1, 8, 8), dtype=torch.uint8)
+    network = Extractor()
+    for reference in (grey, grey.view(20, 1, 4, 8), grey.view(torch.bfloat16)):
+        expected = inception_fid(images, reference, inception=copy.deepcopy(network))
+        assert inception_fid(images, reference, inception=network) == expected
+    assert len(network.seen) == 6
+
+
+@FEW
+def test_images_and_networks_of_any_kind():
+    images, reference = torch.rand(20, 1, 1, 16).split(10)
+    network = Extractor()
+    expected = inception_fid(images, reference, inception=network)
+    # Of one column: contiguous to torch, whatever its strides.
+    assert inception_fid(images.transpose(2, 3), reference.transpose(2, 3), inception=network) == expected
+    with torch.autocast("cpu", torch.bfloat16):
+        assert inception_fid(images, reference, inception=copy.deepcopy(network)) == expected
+    with torch.inference_mode():
+        assert inception_fid(images, reference, inception=network) == expected
+        other = Extractor()
+        inside = inception_fid(images, reference, inception=other)
+    assert inception_fid(images, reference, inception=other) == inside
 
 
 def test_the_warning_names_the_line_that_asked(digits):
     splits = load_dataset("digits")
     for ask in (
         lambda: frechet_distance(digits[:5], digits[5:10]),
+        lambda: inception_fid(digits[:5], digits[5:10], inception=Extractor()),
         lambda: evaluate_samples(digits[:5], digits[5:10], digits[:5]),
         lambda: evaluate_model(VAE(latent_dim=2), splits, samples=5),
     ):
-        with pytest.warns(UserWarning, match="frechet_distance") as caught:
+        with pytest.warns(UserWarning, match="are few") as caught:
             ask()
-        assert [warning.filename for warning in caught] == [__file__]
+        assert [(found.filename, found.lineno) for found in caught] == [(__file__, ask.__code__.co_firstlineno)]
+
+
+def test_the_warning_of_code_without_a_module(digits):
+    with pytest.warns(UserWarning, match="are few") as caught:
+        exec("ask(a, b)", {"ask": frechet_distance, "a": digits[:5], "b": digits[5:10]})
+    assert [found.filename for found in caught] == ["<string>"]
 
 
 class MakesAFolder:
