@@ -13,7 +13,7 @@ def _parts(logits: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     logits = logits.to(compute_dtype(logits))
     x = x.to(logits.dtype) / 255 if x.dtype == torch.uint8 else x.to(logits.dtype)
     # Multiplied, since torch.where branches at each element on a CPU; and not abs(), whose derivative at 0 is 0.
-    positive = (logits.detach() >= 0).to(logits.dtype)
+    positive = (logits >= 0).to(logits.dtype)
     sign = 2 * positive - 1
     size = sign * logits
     return sign, size, torch.exp(-size), positive - sign * x
